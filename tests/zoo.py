@@ -1,0 +1,529 @@
+"""The models that tests and benchmarks use, built from nothing but `onnx.helper`.
+
+Owns no state but a cache folder for the three real graphs, which are dear to make. A builder returns an
+`onnx.ModelProto`; `write` puts one where the daemon looks, atomically as a careful publisher would. No
+builder runs a model: the ones that kill their runtime are data here, and nothing else.
+
+    zoo.write(models / "tiny.onnx", zoo.mlp(seed=7))
+    zoo.write(models / "v.onnx", zoo.versioned(3))        # every element of `version` is 3.0
+    path = zoo.real("squeezenet")                         # made once, then from the cache
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import NDArray
+from onnx import TensorProto, helper, numpy_helper
+
+__all__ = [
+    "NUMPY_TYPES",
+    "ONNX_TYPES",
+    "REAL_MODELS",
+    "cache_dir",
+    "ep_context",
+    "external_data",
+    "failing",
+    "free_rank",
+    "identity",
+    "image_mean",
+    "many",
+    "memory_bomb",
+    "memory_bomb_at_run",
+    "mlp",
+    "nonzero",
+    "openvino_killer",
+    "optional_input",
+    "optional_output",
+    "real",
+    "scalar_sum",
+    "sequence_output",
+    "sigfpe",
+    "sklearn_zipmap",
+    "slow",
+    "string_concat",
+    "versioned",
+    "write",
+    "zipmap",
+]
+
+ONNX_TYPES: dict[str, int] = {
+    "BOOL": TensorProto.BOOL,
+    "INT8": TensorProto.INT8,
+    "INT16": TensorProto.INT16,
+    "INT32": TensorProto.INT32,
+    "INT64": TensorProto.INT64,
+    "UINT8": TensorProto.UINT8,
+    "UINT16": TensorProto.UINT16,
+    "UINT32": TensorProto.UINT32,
+    "UINT64": TensorProto.UINT64,
+    "FP16": TensorProto.FLOAT16,
+    "FP32": TensorProto.FLOAT,
+    "FP64": TensorProto.DOUBLE,
+    "BF16": TensorProto.BFLOAT16,
+    "BYTES": TensorProto.STRING,
+}
+"""Each datatype of the protocol and the ONNX element type that carries it."""
+
+NUMPY_TYPES: dict[str, str] = {
+    "BOOL": "bool",
+    "INT8": "int8",
+    "INT16": "int16",
+    "INT32": "int32",
+    "INT64": "int64",
+    "UINT8": "uint8",
+    "UINT16": "uint16",
+    "UINT32": "uint32",
+    "UINT64": "uint64",
+    "FP16": "float16",
+    "FP32": "float32",
+    "FP64": "float64",
+    "BYTES": "object",
+}
+"""Each datatype that numpy has, and its name there; BF16 is not one of them."""
+
+REAL_MODELS = ("resnet50", "squeezenet", "shufflenet")
+"""The names that `real` knows."""
+
+_OPSET = 20
+_IR_VERSION = 9  # goes with opset 20; every runtime that the project names reads it
+_REAL_FORMAT = 1  # part of the cache's file names: raise it when `real` writes something else
+
+Shape = Sequence[int | str | None] | None
+
+
+def write(path: Path, model: onnx.ModelProto | bytes) -> Path:
+    """Publishes a model at `path` by a rename, so that no reader sees half of it; makes the folders above.
+
+    The temporary name starts with a dot, which the daemon's folder rules never look at.
+    """
+    data = model if isinstance(model, bytes) else model.SerializeToString()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    fd, temporary = tempfile.mkstemp(prefix=".", dir=path.parent)
+    try:
+        with os.fdopen(fd, "wb") as file:
+            file.write(data)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except BaseException:
+        os.unlink(temporary)
+        raise
+    return path
+
+
+def _model(
+    nodes: Iterable[onnx.NodeProto],
+    inputs: Sequence[onnx.ValueInfoProto],
+    outputs: Sequence[onnx.ValueInfoProto],
+    constants: dict[str, NDArray[np.generic]] | None = None,
+    *,
+    name: str = "zoo",
+    domains: Sequence[tuple[str, int]] = (),
+) -> onnx.ModelProto:
+    initializers = [numpy_helper.from_array(array, key) for key, array in (constants or {}).items()]
+    graph = helper.make_graph(list(nodes), name, list(inputs), list(outputs), initializers)
+    opsets = [helper.make_opsetid("", _OPSET)] + [helper.make_opsetid(d, v) for d, v in domains]
+    return helper.make_model(graph, opset_imports=opsets, ir_version=_IR_VERSION, producer_name="edged-zoo")
+
+
+def _value(name: str, datatype: str, shape: Shape) -> onnx.ValueInfoProto:
+    return helper.make_tensor_value_info(name, ONNX_TYPES[datatype], shape)
+
+
+def mlp(
+    sizes: Sequence[int] = (64, 32, 10), *, seed: int = 0, batch: int | str = "N", softmax: bool = True
+) -> onnx.ModelProto:
+    """A fully connected network `x` FP32 [N,64] → `y` FP32 [N,10]; its weights follow from `seed` alone."""
+    rng = np.random.default_rng(seed)
+    nodes, constants, last = [], {}, "x"
+    for layer, (rows, columns) in enumerate(zip(sizes, sizes[1:], strict=False)):
+        weight = rng.normal(0, math.sqrt(2 / rows), (rows, columns)).astype(np.float32)
+        constants[f"w{layer}"] = weight
+        constants[f"b{layer}"] = rng.normal(0, 0.1, columns).astype(np.float32)
+        nodes.append(helper.make_node("Gemm", [last, f"w{layer}", f"b{layer}"], [f"h{layer}"]))
+        last = f"h{layer}"
+        if layer < len(sizes) - 2:
+            nodes.append(helper.make_node("Relu", [last], [f"r{layer}"]))
+            last = f"r{layer}"
+    nodes.append(helper.make_node("Softmax" if softmax else "Identity", [last], ["y"]))
+    return _model(
+        nodes, [_value("x", "FP32", [batch, sizes[0]])], [_value("y", "FP32", [batch, sizes[-1]])], constants
+    )
+
+
+def identity(datatype: str = "FP32", shape: Shape = ("N",)) -> onnx.ModelProto:
+    """Returns `x` as `y`: `datatype` is the protocol's name, `shape` may be [] for a scalar."""
+    return _model(
+        [helper.make_node("Identity", ["x"], ["y"])],
+        [_value("x", datatype, shape)],
+        [_value("y", datatype, shape)],
+    )
+
+
+def versioned(number: float, *, width: int = 256) -> onnx.ModelProto:
+    """A model whose answer tells which version gave it.
+
+    `x` FP32 [N,4] → `version` FP32 [N,width], every element exactly `number`, and `sum` FP32 [N,1], the
+    sum of the row plus `number`: an answer put together from two versions shows in either.
+    """
+    return _model(
+        [
+            helper.make_node("ReduceSum", ["x", "axis"], ["row"], keepdims=1),
+            helper.make_node("Add", ["row", "number"], ["sum"]),
+            helper.make_node("Mul", ["row", "zeros"], ["nothing"]),
+            helper.make_node("Add", ["nothing", "number"], ["version"]),
+        ],
+        [_value("x", "FP32", ["N", 4])],
+        [_value("version", "FP32", ["N", width]), _value("sum", "FP32", ["N", 1])],
+        {
+            "axis": np.array([1], np.int64),
+            "number": np.array([number], np.float32),
+            "zeros": np.zeros((1, width), np.float32),
+        },
+        name=f"versioned_{number}",
+    )
+
+
+def image_mean() -> onnx.ModelProto:
+    """`x` FP32 [1,3,224,224], 602 KB, → `y` FP32 [1,3]: next to no work, so that the way there is measured."""
+    return _model(
+        [
+            helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
+            helper.make_node("Flatten", ["pooled"], ["y"]),
+        ],
+        [_value("x", "FP32", [1, 3, 224, 224])],
+        [_value("y", "FP32", [1, 3])],
+    )
+
+
+def scalar_sum() -> onnx.ModelProto:
+    """`x` FP32 [N] → `y` FP32 [], the sum: a scalar output, and zero for an input of no elements."""
+    return _model(
+        [helper.make_node("ReduceSum", ["x"], ["y"], keepdims=0)],
+        [_value("x", "FP32", ["N"])],
+        [_value("y", "FP32", [])],
+    )
+
+
+def free_rank() -> onnx.ModelProto:
+    """`x` FP32 of any rank → `y`, twice that: not even the number of dimensions is declared."""
+    return _model(
+        [helper.make_node("Add", ["x", "x"], ["y"])], [_value("x", "FP32", None)], [_value("y", "FP32", None)]
+    )
+
+
+def nonzero() -> onnx.ModelProto:
+    """`x` FP32 [N] → `y` INT64 [1,K]: K depends on the data, and may be zero."""
+    return _model(
+        [helper.make_node("NonZero", ["x"], ["y"])],
+        [_value("x", "FP32", ["N"])],
+        [_value("y", "INT64", [1, "K"])],
+    )
+
+
+def many(count: int = 12) -> onnx.ModelProto:
+    """`x0` … FP32 [N] → `y0` …, where each `y` is its `x` plus its index."""
+    return _model(
+        [helper.make_node("Add", [f"x{i}", f"c{i}"], [f"y{i}"]) for i in range(count)],
+        [_value(f"x{i}", "FP32", ["N"]) for i in range(count)],
+        [_value(f"y{i}", "FP32", ["N"]) for i in range(count)],
+        {f"c{i}": np.array([i], np.float32) for i in range(count)},
+    )
+
+
+def optional_input() -> onnx.ModelProto:
+    """`x` FP32 [N] + `bias` FP32 [1] → `y`; `bias` may be left out, then it is 5."""
+    return _model(
+        [helper.make_node("Add", ["x", "bias"], ["y"])],
+        [_value("x", "FP32", ["N"]), _value("bias", "FP32", [1])],
+        [_value("y", "FP32", ["N"])],
+        {"bias": np.array([5], np.float32)},
+    )
+
+
+def string_concat() -> onnx.ModelProto:
+    """`a`, `b` BYTES [N] → `y` BYTES [N], element by element one after the other."""
+    return _model(
+        [helper.make_node("StringConcat", ["a", "b"], ["y"])],
+        [_value("a", "BYTES", ["N"]), _value("b", "BYTES", ["N"])],
+        [_value("y", "BYTES", ["N"])],
+    )
+
+
+def failing() -> onnx.ModelProto:
+    """`x` FP32 [N], `i` INT64 [K] → `y`: loads well, and raises at run time for an index that is not there."""
+    return _model(
+        [helper.make_node("Gather", ["x", "i"], ["y"])],
+        [_value("x", "FP32", ["N"]), _value("i", "INT64", ["K"])],
+        [_value("y", "FP32", ["K"])],
+    )
+
+
+def zipmap(labels: Sequence[int] | Sequence[str] = (0, 1, 2)) -> onnx.ModelProto:
+    """A linear classifier as scikit-learn's converter writes it: `label` and a sequence of maps.
+
+    `x` FP32 [N,4] → `label` (INT64 or BYTES) [N], `probabilities` sequence(map(label → FP32)).
+    """
+    rng = np.random.default_rng(3)
+    strings = isinstance(labels[0], str)
+    coefficients = rng.normal(0, 1, (len(labels), 4)).astype(np.float32)
+    kind = "classlabels_strings" if strings else "classlabels_ints"
+    map_kind = "classlabels_strings" if strings else "classlabels_int64s"
+    key = TensorProto.STRING if strings else TensorProto.INT64
+    value = helper.make_tensor_type_proto(TensorProto.FLOAT, None)
+    entry = helper.make_sequence_type_proto(helper.make_map_type_proto(key, value))
+    return _model(
+        [
+            helper.make_node(
+                "LinearClassifier",
+                ["x"],
+                ["label", "scores"],
+                domain="ai.onnx.ml",
+                coefficients=coefficients.ravel().tolist(),
+                intercepts=[0.0] * len(labels),
+                post_transform="SOFTMAX",
+                multi_class=1,
+                **{kind: list(labels)},
+            ),
+            helper.make_node(
+                "ZipMap", ["scores"], ["probabilities"], domain="ai.onnx.ml", **{map_kind: list(labels)}
+            ),
+        ],
+        [_value("x", "FP32", ["N", 4])],
+        [
+            _value("label", "BYTES" if strings else "INT64", ["N"]),
+            helper.make_value_info("probabilities", entry),
+        ],
+        domains=[("ai.onnx.ml", 1)],
+    )
+
+
+def sklearn_zipmap() -> onnx.ModelProto:
+    """What scikit-learn's own converter makes of a logistic regression on the iris data, ZipMap included."""
+    from skl2onnx import to_onnx
+    from sklearn.datasets import load_iris
+    from sklearn.linear_model import LogisticRegression
+
+    data = load_iris()
+    classifier = LogisticRegression(max_iter=500).fit(data.data, data.target)
+    model = to_onnx(classifier, data.data[:1].astype(np.float32), target_opset=15)
+    assert isinstance(model, onnx.ModelProto)
+    return model
+
+
+def sequence_output() -> onnx.ModelProto:
+    """`x` FP32 [N] → `parts`, a sequence of two tensors: `x`, and `x` doubled."""
+    entry = helper.make_sequence_type_proto(helper.make_tensor_type_proto(TensorProto.FLOAT, ["N"]))
+    return _model(
+        [
+            helper.make_node("Add", ["x", "x"], ["twice"]),
+            helper.make_node("SequenceConstruct", ["x", "twice"], ["parts"]),
+        ],
+        [_value("x", "FP32", ["N"])],
+        [helper.make_value_info("parts", entry)],
+    )
+
+
+def optional_output() -> onnx.ModelProto:
+    """`x` FP32 [N] → `maybe`, an optional that holds `x`."""
+    inner = helper.make_tensor_type_proto(TensorProto.FLOAT, ["N"])
+    return _model(
+        [helper.make_node("Optional", ["x"], ["maybe"])],
+        [_value("x", "FP32", ["N"])],
+        [helper.make_value_info("maybe", helper.make_optional_type_proto(inner))],
+    )
+
+
+def slow(trips: int | None = None, *, width: int = 256) -> onnx.ModelProto:
+    """A loop of `trips` products of `x` FP32 [1,width] with a matrix → `y` FP32 [1,width].
+
+    With `trips` None the number comes with each request as the input `trips` INT64 []. One round is some
+    10–30 µs at the default width. The loop has nodes to stop between, so a cancel takes effect; a number
+    such as 2**40 is a model that never ends.
+    """
+    rng = np.random.default_rng(11)
+    body = helper.make_graph(
+        [
+            helper.make_node("MatMul", ["state", "weight"], ["product"]),
+            helper.make_node("Tanh", ["product"], ["next"]),
+            helper.make_node("Identity", ["go"], ["go_on"]),
+        ],
+        "round",
+        [
+            helper.make_tensor_value_info("round_number", TensorProto.INT64, []),
+            helper.make_tensor_value_info("go", TensorProto.BOOL, []),
+            _value("state", "FP32", [1, width]),
+        ],
+        [
+            helper.make_tensor_value_info("go_on", TensorProto.BOOL, []),
+            _value("next", "FP32", [1, width]),
+        ],
+        [numpy_helper.from_array(rng.normal(0, 1 / math.sqrt(width), (width, width)).astype("f"), "weight")],
+    )
+    inputs = [_value("x", "FP32", [1, width])]
+    constants: dict[str, NDArray[np.generic]] = {"true": np.array(True)}
+    if trips is None:
+        inputs.append(_value("trips", "INT64", []))
+    else:
+        constants["trips"] = np.array(trips, np.int64)
+    loop = helper.make_node("Loop", ["trips", "true", "x"], ["y"], body=body)
+    return _model([loop], inputs, [_value("y", "FP32", [1, width])], constants)
+
+
+def memory_bomb(gib: float = 4.0) -> onnx.ModelProto:
+    """Well under 200 bytes that take `gib` GiB (twice that, for a while) when loaded: folded to a constant."""
+    elements = int(gib * 2**30 / 4)
+    return _model(
+        [helper.make_node("ConstantOfShape", ["shape"], ["y"])],
+        [],
+        [_value("y", "FP32", [elements])],
+        {"shape": np.array([elements], np.int64)},
+    )
+
+
+def memory_bomb_at_run() -> onnx.ModelProto:
+    """`n` INT64 [1] → `y` FP32 [n]: loads well, then takes four bytes for each element that the request asks."""
+    return _model(
+        [helper.make_node("ConstantOfShape", ["n"], ["y"])],
+        [_value("n", "INT64", [1])],
+        [_value("y", "FP32", ["N"])],
+    )
+
+
+def sigfpe() -> onnx.ModelProto:
+    """Ends ONNX Runtime with SIGFPE while it loads: the square of the block size overflows to zero."""
+    return _model(
+        [helper.make_node("DepthToSpace", ["x"], ["y"], blocksize=2**32)],
+        [_value("x", "FP32", [1, 4, 1, 1])],
+        [_value("y", "FP32", None)],
+    )
+
+
+def openvino_killer() -> onnx.ModelProto:
+    """Ends OpenVINO with SIGSEGV while it loads: external data said to lie at an address in memory."""
+    weight = TensorProto(name="w", data_type=TensorProto.FLOAT, dims=[1024])
+    weight.data_location = TensorProto.EXTERNAL
+    for key, value in (("location", "*/_ORT_MEM_ADDR_/*"), ("offset", "4096"), ("length", "4096")):
+        weight.external_data.add(key=key, value=value)
+    model = _model(
+        [helper.make_node("Add", ["x", "w"], ["y"])],
+        [_value("x", "FP32", [1024])],
+        [_value("y", "FP32", [1024])],
+    )
+    model.graph.initializer.append(weight)
+    return model
+
+
+def ep_context() -> onnx.ModelProto:
+    """A node that would make a runtime load code compiled elsewhere; the daemon must refuse it."""
+    node = helper.make_node(
+        "EPContext", ["x"], ["y"], domain="com.microsoft", embed_mode=1, ep_cache_context=b"native code"
+    )
+    return _model(
+        [node],
+        [_value("x", "FP32", [1])],
+        [_value("y", "FP32", [1])],
+        domains=[("com.microsoft", 1)],
+    )
+
+
+def external_data(folder: Path, *, scale: float = 2.0, file: str = "weights.bin") -> Path:
+    """Writes a bundle, `folder`/model.onnx and its weights beside it: `x` FP32 [N,64] → `y`, `scale` times it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    model = _model(
+        [helper.make_node("Gemm", ["x", "w"], ["y"])],
+        [_value("x", "FP32", ["N", 64])],
+        [_value("y", "FP32", ["N", 64])],
+        {"w": np.eye(64, dtype=np.float32) * np.float32(scale)},
+    )
+    (folder / file).unlink(missing_ok=True)  # onnx appends to what is there
+    path = folder / "model.onnx"
+    onnx.save_model(
+        model,
+        str(path),
+        save_as_external_data=True,
+        all_tensors_to_one_file=True,
+        location=file,
+        size_threshold=0,
+    )
+    return path
+
+
+def cache_dir() -> Path:
+    """Where models that are dear to make or fetch are kept; `EDGED_TEST_CACHE` names another place."""
+    named = os.environ.get("EDGED_TEST_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "edged-tests"
+
+
+def real(name: str, *, seed: int = 2026) -> Path:
+    """A real network's graph with seeded random weights, as a file in the cache.
+
+    `name` is one of `REAL_MODELS`. The graphs come with the `onnx` package, whose weights are all one
+    constant, so that every input gives the same answer; here convolutions and products get He-scaled
+    normal weights and normalisations plausible statistics, and the answer depends on the input. Input
+    FP32 [1,3,224,224], output FP32 of 1000 classes, each named as the graph's makers did.
+    """
+    path = cache_dir() / f"{name}-{seed}-{_REAL_FORMAT}.onnx"
+    if not path.exists():
+        write(path, _with_random_weights(_light_graph(name), seed))
+    return path
+
+
+def _light_graph(name: str) -> onnx.ModelProto:
+    if name not in REAL_MODELS:
+        raise ValueError(f"no real model {name!r}; there are {', '.join(REAL_MODELS)}")
+    folder = Path(onnx.__file__).parent / "backend" / "test" / "data" / "light"
+    return onnx.load(str(folder / f"light_{name}.onnx"))
+
+
+def _with_random_weights(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
+    """Replaces every constant float parameter, given as an initializer or by ConstantOfShape, by a random one."""
+    rng = np.random.default_rng(seed)
+    graph = model.graph
+    given = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
+    shapes: dict[str, tuple[int, ...]] = {k: a.shape for k, a in given.items() if a.dtype == np.float32}
+    made = {n.output[0] for n in graph.node if n.op_type == "ConstantOfShape" and n.input[0] in given}
+    for node in graph.node:
+        if node.output[0] in made:
+            shapes[node.output[0]] = tuple(int(d) for d in given[node.input[0]])
+
+    kept = [node for node in graph.node if node.output[0] not in made]
+    parameters: dict[str, NDArray[np.float32]] = {}
+    for node in kept:
+        for position, parameter in enumerate(node.input):
+            if parameter in shapes and parameter not in parameters:
+                parameters[parameter] = _random_parameter(rng, node, position, shapes[parameter])
+    used = {name for node in kept for name in node.input}
+    initializers = [numpy_helper.from_array(a, k) for k, a in parameters.items()]
+    initializers += [t for t in graph.initializer if t.name in used and t.name not in parameters]
+    constant = {t.name for t in initializers}
+    inputs = [i for i in graph.input if i.name in used and i.name not in constant]
+    fresh = helper.make_graph(kept, graph.name, inputs, list(graph.output), initializers)
+    # From version 4 on, initializers need not be listed as inputs too, which would make them overridable.
+    return helper.make_model(fresh, opset_imports=list(model.opset_import), ir_version=7)
+
+
+def _random_parameter(
+    rng: np.random.Generator, node: onnx.NodeProto, position: int, shape: tuple[int, ...]
+) -> NDArray[np.float32]:
+    match node.op_type, position:
+        case ("Conv", 1):
+            values = rng.normal(0, math.sqrt(2 / math.prod(shape[1:])), shape)
+        case ("Gemm", 1):  # the last layer: smaller, or the softmax behind it is one class at 1.0
+            values = rng.normal(0, 0.2 * math.sqrt(2 / shape[1]), shape)
+        case ("BatchNormalization", 1):
+            values = rng.uniform(0.5, 1.0, shape)
+        case ("BatchNormalization", 4):
+            values = rng.uniform(0.5, 1.5, shape)
+        case _:
+            values = rng.normal(0, 0.1, shape)
+    return values.astype(np.float32)
