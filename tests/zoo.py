@@ -11,6 +11,7 @@ builder runs a model: the ones that kill their runtime are data here, and nothin
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 import tempfile
@@ -23,10 +24,12 @@ from numpy.typing import NDArray
 from onnx import TensorProto, helper, numpy_helper
 
 __all__ = [
+    "INT64_MIN",
     "NUMPY_TYPES",
     "ONNX_TYPES",
     "REAL_MODELS",
     "cache_dir",
+    "depth_to_space_overflow",
     "ep_context",
     "external_data",
     "failing",
@@ -45,6 +48,7 @@ __all__ = [
     "scalar_sum",
     "sequence_output",
     "sigfpe",
+    "sigfpe_at_run",
     "sklearn_zipmap",
     "slow",
     "string_concat",
@@ -90,6 +94,9 @@ NUMPY_TYPES: dict[str, str] = {
 
 REAL_MODELS = ("resnet50", "squeezenet", "shufflenet")
 """The names that `real` knows."""
+
+INT64_MIN = -(2**63)
+"""Divided by -1 it has no answer, and the processor ends the process."""
 
 _OPSET = 20
 _IR_VERSION = 9  # goes with opset 20; every runtime that the project names reads it
@@ -142,7 +149,7 @@ def mlp(
     """A fully connected network `x` FP32 [N,64] → `y` FP32 [N,10]; its weights follow from `seed` alone."""
     rng = np.random.default_rng(seed)
     nodes, constants, last = [], {}, "x"
-    for layer, (rows, columns) in enumerate(zip(sizes, sizes[1:], strict=False)):
+    for layer, (rows, columns) in enumerate(itertools.pairwise(sizes)):
         weight = rng.normal(0, math.sqrt(2 / rows), (rows, columns)).astype(np.float32)
         constants[f"w{layer}"] = weight
         constants[f"b{layer}"] = rng.normal(0, 0.1, columns).astype(np.float32)
@@ -191,7 +198,7 @@ def versioned(number: float, *, width: int = 256) -> onnx.ModelProto:
 
 
 def image_mean() -> onnx.ModelProto:
-    """`x` FP32 [1,3,224,224], 602 KB, → `y` FP32 [1,3]: next to no work, so that the way there is measured."""
+    """`x` FP32 [1,3,224,224], 602 KB → `y` FP32 [1,3]: next to no work, so the way there is measured."""
     return _model(
         [
             helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
@@ -257,7 +264,7 @@ def string_concat() -> onnx.ModelProto:
 
 
 def failing() -> onnx.ModelProto:
-    """`x` FP32 [N], `i` INT64 [K] → `y`: loads well, and raises at run time for an index that is not there."""
+    """`x` FP32 [N], `i` INT64 [K] → `y`: loads well, raises at run time for an index not there."""
     return _model(
         [helper.make_node("Gather", ["x", "i"], ["y"])],
         [_value("x", "FP32", ["N"]), _value("i", "INT64", ["K"])],
@@ -377,18 +384,23 @@ def slow(trips: int | None = None, *, width: int = 256) -> onnx.ModelProto:
 
 
 def memory_bomb(gib: float = 4.0) -> onnx.ModelProto:
-    """Well under 200 bytes that take `gib` GiB (twice that, for a while) when loaded: folded to a constant."""
-    elements = int(gib * 2**30 / 4)
+    """A few hundred bytes that take `gib` GiB when loaded, since the runtime folds them to constants.
+
+    In pieces below 1 GiB, the size that ONNX Runtime does not fold from version 1.32 on. Under a limit of
+    memory that version gives up folding and loads; then the first run fails.
+    """
+    pieces = math.ceil(gib / 0.5)
+    elements = int(gib * 2**30 / 4 / pieces)
     return _model(
-        [helper.make_node("ConstantOfShape", ["shape"], ["y"])],
+        [helper.make_node("ConstantOfShape", ["shape"], [f"y{i}"]) for i in range(pieces)],
         [],
-        [_value("y", "FP32", [elements])],
+        [_value(f"y{i}", "FP32", [elements]) for i in range(pieces)],
         {"shape": np.array([elements], np.int64)},
     )
 
 
 def memory_bomb_at_run() -> onnx.ModelProto:
-    """`n` INT64 [1] → `y` FP32 [n]: loads well, then takes four bytes for each element that the request asks."""
+    """`n` INT64 [1] → `y` FP32 [n]: loads well, then takes as much as the request asks."""
     return _model(
         [helper.make_node("ConstantOfShape", ["n"], ["y"])],
         [_value("n", "INT64", [1])],
@@ -397,7 +409,26 @@ def memory_bomb_at_run() -> onnx.ModelProto:
 
 
 def sigfpe() -> onnx.ModelProto:
-    """Ends ONNX Runtime with SIGFPE while it loads: the square of the block size overflows to zero."""
+    """Ends ONNX Runtime with SIGFPE while it loads: it folds the smallest INT64 divided by -1."""
+    return _model(
+        [helper.make_node("Div", ["least", "minus_one"], ["y"])],
+        [],
+        [_value("y", "INT64", [1])],
+        {"least": np.array([INT64_MIN]), "minus_one": np.array([-1])},
+    )
+
+
+def sigfpe_at_run() -> onnx.ModelProto:
+    """`x` INT64 [N], `d` INT64 [N] → `y`, x / d: a good model, until a request divides `INT64_MIN` by -1."""
+    return _model(
+        [helper.make_node("Div", ["x", "d"], ["y"])],
+        [_value("x", "INT64", ["N"]), _value("d", "INT64", ["N"])],
+        [_value("y", "INT64", ["N"])],
+    )
+
+
+def depth_to_space_overflow() -> onnx.ModelProto:
+    """A block size of 2**32: SIGFPE in ONNX Runtime up to 1.31, an error at load later."""
     return _model(
         [helper.make_node("DepthToSpace", ["x"], ["y"], blocksize=2**32)],
         [_value("x", "FP32", [1, 4, 1, 1])],
@@ -434,7 +465,7 @@ def ep_context() -> onnx.ModelProto:
 
 
 def external_data(folder: Path, *, scale: float = 2.0, file: str = "weights.bin") -> Path:
-    """Writes a bundle, `folder`/model.onnx and its weights beside it: `x` FP32 [N,64] → `y`, `scale` times it."""
+    """Writes `folder`/model.onnx with its weights beside it: `x` FP32 [N,64] → `y`, `scale` times it."""
     folder.mkdir(parents=True, exist_ok=True)
     model = _model(
         [helper.make_node("Gemm", ["x", "w"], ["y"])],
@@ -486,7 +517,7 @@ def _light_graph(name: str) -> onnx.ModelProto:
 
 
 def _with_random_weights(model: onnx.ModelProto, seed: int) -> onnx.ModelProto:
-    """Replaces every constant float parameter, given as an initializer or by ConstantOfShape, by a random one."""
+    """Replaces every constant parameter, an initializer or a ConstantOfShape's, by a random one."""
     rng = np.random.default_rng(seed)
     graph = model.graph
     given = {t.name: numpy_helper.to_array(t) for t in graph.initializer}
