@@ -70,8 +70,8 @@ _EVENTS: dict[str, Event] = {
         "e37855892d8a48529c8e29e96fac3702",
         "error",
         "The daemon cannot run",
-        "REASON and DETAIL say what is missing or in the way: another daemon on the same endpoint or state "
-        "directory, a directory that cannot be written, a package that is not installed.",
+        "REASON and DETAIL say what is missing or in the way: another daemon on the same endpoint or "
+        "state directory, a directory that cannot be written, a package that is not installed.",
     ),
     "config_reloaded": Event(
         "fe2f49cc9c194cd0a0bfd71b4985d6a3",
@@ -102,13 +102,15 @@ _EVENTS: dict[str, Event] = {
         "0a90e1ebda52472682f6498f10b1742d",
         "info",
         "A model version is ready",
-        "It has been loaded, warmed up and checked against its golden samples. DEVICE and RUNTIME say where it runs.",
+        "It has been loaded, warmed up and checked against its golden samples. DEVICE and RUNTIME say "
+        "where it runs.",
     ),
     "model_swapped": Event(
         "2264b6d1e2884ebd83c9a1bbf62ef352",
         "info",
         "A model's new version took over",
-        "New requests go to MODEL_VERSION; the one in PREVIOUS_VERSION finishes what it has begun and is ended.",
+        "New requests go to MODEL_VERSION; the one in PREVIOUS_VERSION finishes what it has begun and is "
+        "ended.",
     ),
     "model_failed": Event(
         "b3a23a4e656b4f9e8e2488308002ece0",
@@ -121,42 +123,43 @@ _EVENTS: dict[str, Event] = {
         "d618fa877b9e4c58b2f216b21ae221e7",
         "info",
         "A model version was retired",
-        "A newer version serves in its place and its worker has ended. Its files stay in the store as long as "
-        "store.keep_versions says.",
+        "A newer version serves in its place and its worker has ended. Its files stay in the store as "
+        "long as store.keep_versions says.",
     ),
     "model_removed": Event(
         "fa44571369da47d3b7bb0e46577b41bf",
         "info",
         "A model was removed",
-        "It is gone from the models folder, or someone asked for `edgectl unload`. Requests for it are refused.",
+        "It is gone from the models folder, or someone asked for `edgectl unload`. Requests for it are "
+        "refused.",
     ),
     "model_quarantined": Event(
         "4d7c30d475dd41ada6cfcd7cdaf2f145",
         "error",
         "A model version was put in quarantine",
-        "Loading it took the daemon or the machine down more than once, or its worker kept crashing. It is left "
-        "alone until its file changes or someone runs `edgectl load MODEL`.",
+        "Loading it took the daemon or the machine down more than once, or its worker kept crashing. It "
+        "is left alone until its file changes or someone runs `edgectl load MODEL`.",
     ),
     "model_restored": Event(
         "5bf91c95378e436dbefff4bbd3bdc719",
         "warning",
         "A model serves its last good copy from the store",
-        "What is in the models folder cannot be used, or the folder is not there. REASON says which; put a good "
-        "file in the folder or mount it again.",
+        "What is in the models folder cannot be used, or the folder is not there. REASON says which; put "
+        "a good file in the folder or mount it again.",
     ),
     "entry_refused": Event(
         "d546500e5ba8478e9077114c40a501ae",
         "warning",
         "An entry of the models folder was refused",
-        "PATH is not something that can be served; REASON and DETAIL say why (its name, its settings, two entries "
-        "with one name, an empty or unreadable file).",
+        "PATH is not something that can be served; REASON and DETAIL say why (its name, its settings, two "
+        "entries with one name, an empty or unreadable file).",
     ),
     "folder_fault": Event(
         "4f96980761b04294abcb1dad4c55c3dd",
         "error",
         "The models folder has a fault",
-        "It is missing, unreadable or on another file system than before. This is not taken for a deletion: all "
-        "models go on serving. Mount it again or correct its rights.",
+        "It is missing, unreadable or on another file system than before. This is not taken for a "
+        "deletion: all models go on serving. Mount it again or correct its rights.",
     ),
     "folder_healed": Event(
         "d22392b1a4e34c28971d2250439c4d27",
@@ -168,8 +171,8 @@ _EVENTS: dict[str, Event] = {
         "72c75a3719ec45f39149859d656f7e44",
         "warning",
         "The models folder is looked at on a timer only",
-        "The kernel gave no inotify watch (REASON), so a new file is noticed at the next loading.rescan. Raise "
-        "fs.inotify.max_user_watches or max_user_instances.",
+        "The kernel gave no inotify watch (REASON), so a new file is noticed at the next loading.rescan. "
+        "Raise fs.inotify.max_user_watches or max_user_instances.",
     ),
     # Workers.
     "worker_started": Event(
@@ -188,77 +191,81 @@ _EVENTS: dict[str, Event] = {
         "13cf40f541f34f0ba742d4fe5d0d40ec",
         "error",
         "A worker process died",
-        "The requests it had were answered UNAVAILABLE with reason WORKER_CRASHED; other models are untouched. "
-        "REASON names the signal or exit status. If it recurs, try another runtime or device in the model's settings.",
+        "The requests it had were answered UNAVAILABLE with reason WORKER_CRASHED; other models are "
+        "untouched. REASON names the signal or exit status. If it recurs, try another runtime or device "
+        "in the model's settings.",
     ),
     "worker_hung": Event(
         "3d2fed57e12e4408bfcbcf898be8f626",
         "error",
         "A worker process gave no answer in time and was ended",
-        "A run or a load went past its limit and did not react to being cancelled, so the process was killed. A new "
-        "one is started. Look at the driver's log (dmesg) if DEVICE is an accelerator.",
+        "A run or a load went past its limit and did not react to being cancelled, so the process was "
+        "killed. A new one is started. Look at the driver's log (dmesg) if DEVICE is an accelerator.",
     ),
     "worker_restarting": Event(
         "5e0e08816ea4486ab53a5c43c1da7e94",
         "warning",
         "A worker process is started again",
-        "DELAY_MS is the pause before it, which grows with each crash in a row. Nothing to do unless it goes on.",
+        "DELAY_MS is the pause before it, which grows with each crash in a row. Nothing to do unless it "
+        "goes on.",
     ),
     "worker_over_budget": Event(
         "49c0ac6c60484c4dad1406caedd85ee1",
         "error",
         "A worker process used more memory than its budget and was ended",
-        "RSS_BYTES exceeded BUDGET_BYTES. Raise memory_max in the model's settings if the model needs that much; "
-        "otherwise it leaks, and the restart has cured it for now.",
+        "RSS_BYTES exceeded BUDGET_BYTES. Raise memory_max in the model's settings if the model needs "
+        "that much; otherwise it leaks, and the restart has cured it for now.",
     ),
     "template_crashed": Event(
         "a1ea2b7839264003bdeee433d1c02d32",
         "error",
         "The process that workers are forked from died",
-        "Running workers are untouched and it is started again. If it recurs, the installation of RUNTIME is broken: "
-        "DETAIL has what it said.",
+        "Running workers are untouched and it is started again. If it recurs, the installation of RUNTIME "
+        "is broken: DETAIL has what it said.",
     ),
     # Devices and choices.
     "device_verdict": Event(
         "b3a16cd0d6514242b1c08033290bf1a7",
         "info",
         "A device was tried",
-        "STATUS tells how it went, HINT what to do if it should work and does not. `edgectl devices` shows all.",
+        "STATUS tells how it went, HINT what to do if it should work and does not. `edgectl devices` "
+        "shows all.",
     ),
     "device_lost": Event(
         "8e782e5171ed43fd83689ccdca1d7b7d",
         "error",
         "A device that worked does not work any more",
-        'Models with policy "prefer" move to another device, those with "require" become UNAVAILABLE. See HINT and '
-        "the driver's log (dmesg).",
+        'Models with policy "prefer" move to another device, those with "require" become UNAVAILABLE. See '
+        "HINT and the driver's log (dmesg).",
     ),
     "device_fallback": Event(
         "edc1f777e1bd40c1a4a2089adbcff5d3",
         "warning",
         "A model runs on another device than the one asked for",
-        "WANTED was asked for, DEVICE is what it runs on, REASON says why. Every reply carries the reason too. Set "
-        'policy = "require" to be refused instead.',
+        "WANTED was asked for, DEVICE is what it runs on, REASON says why. Every reply carries the reason "
+        'too. Set policy = "require" to be refused instead.',
     ),
     "choice_measured": Event(
         "5bfe784afb7e478e8294d7d43f9245af",
         "info",
         "A model was measured on another runtime or device",
-        "Both times are in microseconds (median). It switches only when the answers agree and the gain is real.",
+        "Both times are in microseconds (median). It switches only when the answers agree and the gain is "
+        "real.",
     ),
     "choice_switched": Event(
         "faf1c102b76c44c6972f1942a7f41a35",
         "info",
         "A model switched to a faster runtime or device",
-        "Measured on the model itself, with answers that agree. The choice is remembered. Pin runtime and device in "
-        "the model's settings to forbid it.",
+        "Measured on the model itself, with answers that agree. The choice is remembered. Pin runtime and "
+        "device in the model's settings to forbid it.",
     ),
     # Resources.
     "pressure_changed": Event(
         "a55f2641bad54915bbcbbdd1c08ba751",
         "warning",
         "The device is short of a resource",
-        "LEVEL is the step of the ladder (WARN, REFUSE_LOADS, SHRINK, SHED), DETAIL has the figures. Unload models or "
-        "end other programs; `edgectl status` shows who uses what.",
+        "LEVEL is the step of the ladder (WARN, REFUSE_LOADS, SHRINK, SHED), DETAIL has the figures. "
+        "Unload models or end other programs; `edgectl status` shows who uses what.",
     ),
     "pressure_eased": Event(
         "b3bc7fe7cca34376a0c13f2dcb503d19",
@@ -277,8 +284,8 @@ _EVENTS: dict[str, Event] = {
         "bdc7febeed5b4db4b64503d793d2c8a4",
         "warning",
         "A client sent something that cannot be served",
-        "CLIENT_UID and CLIENT_PID name the sender, REASON what was wrong. Further ones of this kind are only counted, "
-        "once a minute.",
+        "CLIENT_UID and CLIENT_PID name the sender, REASON what was wrong. Further ones of this kind are "
+        "only counted, once a minute.",
     ),
     "client_misbehaves_count": Event(
         "adb39ccfff2d45d8ac6d7da90d0b1d79",
@@ -303,8 +310,8 @@ _EVENTS: dict[str, Event] = {
         "b5f3288a61b349fc9660e3700290231a",
         "error",
         "A fault in edged itself",
-        "Please report it with the traceback in DETAIL. INCIDENT is the number that the client was given, if there "
-        "was one.",
+        "Please report it with the traceback in DETAIL. INCIDENT is the number that the client was given, "
+        "if there was one.",
     ),
     "log_dropped": Event(
         "15001985f2e74dcc88a4bdeec148da60",
@@ -316,7 +323,8 @@ _EVENTS: dict[str, Event] = {
         "73a02c5d50d443629d7a202068b72f4b",
         "info",
         "Records go to standard error instead of the journal",
-        "REASON says why. Install edged with the extra [systemd], or Debian's python3-systemd, for searchable fields.",
+        "REASON says why. Install edged with the extra [systemd], or Debian's python3-systemd, for "
+        "searchable fields.",
     ),
 }
 

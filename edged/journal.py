@@ -165,6 +165,11 @@ class Journal:
         self._closed = True
         self._queue.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
+        # Another thread may have passed the check above us just before: its record stands behind the None.
+        while not self._thread.is_alive() and not self._queue.empty():
+            item = self._queue.get()
+            if isinstance(item, _Record):
+                self._write(item)
 
     def __enter__(self) -> Self:
         return self

@@ -125,7 +125,11 @@ class Verdict:
 def judge(
     sample: Sample, limits: ResourceLimits, *, budgets: Mapping[int, int], previous: Verdict | None
 ) -> Verdict:
-    """Judge a sample; `budgets` maps a worker's pid to the bytes it may use, `previous` is the last verdict."""
+    """Judge a sample.
+
+    `budgets` maps a worker's pid to the bytes it may use; a worker without one is never over it.
+    `previous` is the verdict on the sample before, None for the first.
+    """
     measures = list(_measures(sample, limits, slack=1.0))
     level = max((step for step, _ in measures), default=Level.OK)
     if previous is not None and level < previous.level:
@@ -134,13 +138,12 @@ def judge(
         if held > level:
             measures, level = eased, min(held, previous.level)
     suspects = _suspects(sample, budgets)
-    again = suspects if previous is None else tuple(pid for pid in suspects if pid in previous.suspects)
-    certain = suspects if level is Level.SHED else again if previous is not None else ()
+    before = previous.suspects if previous is not None else ()
     return Verdict(
         level=level,
         reasons=tuple(sentence for _, sentence in sorted(measures, key=lambda m: -m[0])),
         free_for_models_bytes=_free_bytes(sample, limits),
-        over_budget=certain,
+        over_budget=suspects if level is Level.SHED else tuple(p for p in suspects if p in before),
         suspects=suspects,
     )
 
@@ -162,13 +165,13 @@ def may_load(verdict: Verdict, needed_bytes: int) -> tuple[bool, str]:
 def format_bytes(count: int) -> str:
     """`count` bytes for people: `512 B`, `1.5 GiB`."""
     value = float(count)
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if abs(value) < 1024:
-            break
+    units = ["B", "KiB", "MiB", "GiB", "TiB"]
+    while abs(value) >= 1024 and len(units) > 1:
         value /= 1024
-    else:
-        unit = "TiB"
-    return f"{value:.0f} {unit}" if unit == "B" or abs(value) >= 100 else f"{value:.1f} {unit}"
+        units.pop(0)
+    return (
+        f"{value:.0f} {units[0]}" if value == int(value) or abs(value) >= 100 else f"{value:.1f} {units[0]}"
+    )
 
 
 def _free_bytes(sample: Sample, limits: ResourceLimits) -> int:
