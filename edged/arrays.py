@@ -79,7 +79,8 @@ class RawTensor(NamedTuple):
 def dtype_of(datatype: str) -> np.dtype[Any]:
     """The numpy dtype of a datatype.
 
-    `object` for BYTES; for BF16 ml_dtypes' bfloat16 where that is installed, else uint16. Raises InvalidArgument for a datatype that is none of the protocol's.
+    `object` for BYTES; for BF16 ml_dtypes' bfloat16 where that is installed, else uint16.
+    Raises InvalidArgument for a datatype that is none of the protocol's.
     """
     dtype = _DTYPES.get(datatype)
     if dtype is not None:
