@@ -1,0 +1,187 @@
+"""A real daemon on scratch folders, for the benchmarks and the tests of the examples.
+
+Owns one temporary folder and the daemon process that lives in it; ends both, whatever happens in between.
+Readiness is heard on a notify socket of its own, as systemd would hear it. Nothing here sleeps to
+synchronise, and every wait has an end.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+
+from edged import Client
+
+__all__ = ["ROOT", "Daemon", "memory_bytes", "open_descriptors"]
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The repository."""
+
+_STOP_WAIT_S = 20.0
+
+
+class Daemon:
+    """`with Daemon() as daemon:` is a daemon that has said READY, serving `daemon.models`.
+
+    `seed` names a models folder to copy from; files may be put into `daemon.models` before and after the
+    start. `settings` are environment variables such as `EDGED_LOADING_SETTLE`.
+    """
+
+    def __init__(
+        self,
+        seed: Path | None = None,
+        *,
+        settings: Mapping[str, str] | None = None,
+        log_level: str = "warning",
+        ready_timeout_s: float = 60.0,
+    ) -> None:
+        # Below /tmp whatever TMPDIR says: a socket's path has 107 bytes at most.
+        self.root = Path(tempfile.mkdtemp(prefix="edged-", dir="/tmp"))
+        self.models = self.root / "models"
+        self.endpoint = f"ipc://{self.root}/run/edged.sock"
+        self.log_path = self.root / "log"
+        self.started_ns = 0
+        self.ready_ns = 0
+        self._settings = dict(settings or {})
+        self._log_level = log_level
+        self._ready_timeout_s = ready_timeout_s
+        self._process: subprocess.Popen[bytes] | None = None
+        self._notify: socket.socket | None = None
+        (self.root / "run").mkdir(mode=0o700)
+        if seed is None:
+            self.models.mkdir()
+        else:
+            shutil.copytree(seed, self.models)
+
+    def __repr__(self) -> str:
+        state = "not started" if self._process is None else f"pid {self._process.pid}"
+        return f"<Daemon {self.endpoint} {state}>"
+
+    def __enter__(self) -> Daemon:
+        try:
+            self.start()
+        except BaseException:
+            self.close()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if error is not None:
+            with contextlib.suppress(OSError):
+                sys.stderr.write(self.log_path.read_text(errors="replace")[-8000:])
+        self.close()
+
+    @property
+    def pid(self) -> int:
+        """The supervisor's."""
+        assert self._process is not None
+        return self._process.pid
+
+    def start(self) -> None:
+        """Starts the daemon and waits until it says READY; raises RuntimeError if it ends before that."""
+        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+        self._notify.bind(str(self.root / "notify"))
+        environ = {
+            **os.environ,
+            "NOTIFY_SOCKET": str(self.root / "notify"),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+            "EDGED_SERVER_STATE_DIR": str(self.root / "state"),
+            "EDGED_SERVER_CACHE_DIR": str(self.root / "cache"),
+            **self._settings,
+        }
+        command = [sys.executable, "-m", "edged.cli.edged", "--models", str(self.models)]
+        command += ["--endpoint", self.endpoint, "--log-level", self._log_level]
+        with self.log_path.open("ab") as log:
+            self.started_ns = time.monotonic_ns()
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environ, cwd=self.root
+            )
+        self._wait_ready()
+
+    def _wait_ready(self) -> None:
+        assert self._process is not None
+        assert self._notify is not None
+        deadline = time.monotonic() + self._ready_timeout_s
+        pidfd = os.pidfd_open(self._process.pid)
+        try:
+            while True:
+                left = deadline - time.monotonic()
+                readable, _, _ = select.select([self._notify, pidfd], [], [], max(0.0, left))
+                if self._notify in readable:
+                    if b"READY=1" in self._notify.recv(65536).split(b"\n"):
+                        self.ready_ns = time.monotonic_ns()
+                        return
+                    continue
+                what = "ended" if pidfd in readable else f"is not ready after {self._ready_timeout_s:g} s"
+                tail = self.log_path.read_text(errors="replace")[-4000:]
+                raise RuntimeError(f"the daemon {what}; its last lines:\n{tail}")
+        finally:
+            os.close(pidfd)
+
+    def client(self, timeout_s: float = 60.0) -> Client:
+        """A client of this daemon; the caller closes it."""
+        return Client(self.endpoint, timeout=timeout_s)
+
+    def processes(self) -> list[psutil.Process]:
+        """The supervisor first, then everything below it that is alive."""
+        supervisor = psutil.Process(self.pid)
+        return [supervisor, *supervisor.children(recursive=True)]
+
+    def status(self) -> dict[str, Any]:
+        """The daemon's own account of itself."""
+        with self.client() as client:
+            return dict(client.server_status())
+
+    def stop(self) -> int:
+        """Ends the daemon as systemd would and returns its exit status; kills it after 20 seconds."""
+        if self._process is None:
+            return 0
+        process, self._process = self._process, None
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        try:
+            return process.wait(_STOP_WAIT_S)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            return -signal.SIGKILL
+
+    def close(self) -> None:
+        """Ends the daemon and removes the scratch folder."""
+        self.stop()
+        if self._notify is not None:
+            self._notify.close()
+            self._notify = None
+        shutil.rmtree(self.root, ignore_errors=True)
+
+
+def open_descriptors(processes: list[psutil.Process]) -> int:
+    """How many files all of them have open together."""
+    return sum(_each(processes, lambda p: p.num_fds()))
+
+
+def memory_bytes(processes: list[psutil.Process]) -> int:
+    """The proportional memory (PSS) of all of them together: shared pages count once."""
+    return sum(_each(processes, lambda p: p.memory_full_info().pss))
+
+
+def _each(processes: list[psutil.Process], figure: Any) -> Iterator[int]:
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            yield figure(process)
