@@ -1,0 +1,49 @@
+# Everything is done in a virtual environment of its own, .venv; nothing else on the machine is changed,
+# except that root on Debian or Ubuntu without the venv module gets it installed.
+# Each target does one thing; `make help` names them.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.stamp
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo run test check format bench clean
+
+help:  ## say what there is
+	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+
+setup: $(STAMP)  ## make the virtual environment, with everything in it
+
+# The systemd extra is built from source; without a compiler and libsystemd's headers the daemon runs well
+# and logs to stderr, so its absence is said and is no failure.
+$(STAMP): pyproject.toml tools/setup-venv
+	@PYTHON='$(PYTHON)' tools/setup-venv $(VENV)
+	@touch $@
+
+demo: $(STAMP)  ## see it work: serve, classify, swap under traffic, crash and recover
+	@$(BIN)/python examples/demo.py
+
+run: $(STAMP)  ## serve a scratch copy of models/ (in .run/) until Ctrl-C
+	@mkdir -p .run
+	@test -d .run/models || cp -r models .run/models
+	@$(BIN)/edged --models .run/models
+
+test: $(STAMP)  ## run all tests
+	@$(BIN)/python -m pytest
+
+check: $(STAMP)  ## lint, formatting, types
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+
+format: $(STAMP)  ## put the sources into their one form
+	@$(BIN)/ruff check --fix .
+	@$(BIN)/ruff format .
+
+bench: $(STAMP)  ## measure (15 minutes) and write docs/benchmarks.md
+	@$(BIN)/python -m bench.run
+
+clean:  ## remove what the other targets made
+	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
