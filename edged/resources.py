@@ -88,7 +88,7 @@ class Sample:
 @dataclass(frozen=True, slots=True)
 class ResourceLimits:
     """`memory_bytes` is what edged's processes may use together; `memory_pressure` is PSI's some avg10
-    in percent; temperatures are in degrees Celsius."""
+    in percent, 0 for not to be judged; temperatures are in degrees Celsius."""
 
     memory_bytes: int
     memory_pressure: float
@@ -224,7 +224,8 @@ def _left(what: str, left_bytes: int, total_bytes: int, slack: float) -> Iterato
 
 def _pressure(sample: Sample, limits: ResourceLimits, slack: float) -> Iterator[tuple[Level, str]]:
     some, bound = sample.psi_some_avg10, limits.memory_pressure * slack
-    if some is None or some < bound * PRESSURE_WARN:
+    # A bound of 0 switches the measure off: pressure itself is 0 on most days.
+    if some is None or bound <= 0 or some < bound * PRESSURE_WARN:
         return
     full = sample.psi_full_avg10 or 0.0
     if full >= bound:
