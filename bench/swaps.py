@@ -1,0 +1,172 @@
+"""Two hundred new versions of a model under constant load: nothing fails, nothing mixes, nothing leaks.
+
+The model answers with its own version's number in every element, so an answer put together from two
+versions, or one that says another version than it came from, shows.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import numpy as np
+
+from bench.harness import Daemon, memory_bytes, open_descriptors
+from bench.report import Claim, Progress, Section, percentile, run_alone, table
+from edged.errors import EdgedError
+from tests import zoo
+
+COMMAND = "python -m bench.swaps"
+SWAPS = 200
+WARM_SWAPS = 10
+CLIENTS = 4
+SWAP_TIMEOUT_S = 30.0
+SETTLE = "50ms"
+MEMORY_GROWTH_MAX = 0.10
+QUIET_TIMEOUT_S = 60.0
+
+
+class Load:
+    """Clients that ask one request after the other, and check every answer."""
+
+    def __init__(self, daemon: Daemon) -> None:
+        self._daemon = daemon
+        self._stop = threading.Event()
+        self._changed = threading.Condition()
+        self.answers = 0
+        self.newest = 0
+        self.failed: Counter[str] = Counter()
+        self.wrong: list[str] = []
+        self._number_of: dict[str, int] = {}
+        self._threads = [threading.Thread(target=self._run, args=(seed,)) for seed in range(CLIENTS)]
+
+    def __enter__(self) -> Load:
+        for thread in self._threads:
+            thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def wait_number(self, number: int) -> bool:
+        """Waits for an answer of version `number`."""
+        with self._changed:
+            return self._changed.wait_for(lambda: self.newest >= number, SWAP_TIMEOUT_S)
+
+    def _run(self, seed: int) -> None:
+        x = np.random.default_rng(seed).integers(-8, 8, (2, 4)).astype(np.float32)
+        row_sums = x.sum(axis=1)
+        with self._daemon.client() as client:
+            while not self._stop.is_set():
+                try:
+                    result = client.infer("m", {"x": x})
+                except EdgedError as error:
+                    with self._changed:
+                        self.failed[f"{error.code.value}/{error.reason}"] += 1
+                    continue
+                except Exception as error:  # noqa: BLE001 - counted: whatever it is, it is a failed request
+                    with self._changed:
+                        self.failed[repr(error)[:100]] += 1
+                    continue
+                self._check(result, row_sums)
+
+    def _check(self, result: Any, row_sums: np.ndarray) -> None:
+        numbers = np.unique(result["version"])
+        number = int(numbers[0])
+        with self._changed:
+            self.answers += 1
+            if len(numbers) != 1 or not np.array_equal(result["sum"].ravel(), row_sums + number):
+                self.wrong.append(f"mixed: {numbers[:4]}")
+            elif self._number_of.setdefault(str(result.model_version), number) != number:
+                self.wrong.append(f"version {result.model_version} answered {number}")
+            if number > self.newest:
+                self.newest = number
+                self._changed.notify_all()
+
+
+def measure(progress: Progress) -> Section:
+    """Swaps while four clients ask, and counts."""
+    daemon = Daemon(settings={"EDGED_LOADING_SETTLE": SETTLE})
+    zoo.write(daemon.models / "m.onnx", zoo.versioned(1))
+    # Pinned: each version would be measured against the other runtimes, which is not what is watched here.
+    (daemon.models / "m.toml").write_text('runtime = "onnxruntime"\ndevice = "cpu"\n')
+    times_s, stuck = [], 0
+    try:
+        daemon.start()
+        with Load(daemon) as load:
+            for number in range(2, SWAPS + 2):
+                if number == WARM_SWAPS + 2:
+                    before = _figures(daemon)
+                began = time.monotonic()
+                zoo.write(daemon.models / "m.onnx", zoo.versioned(number))
+                stuck += not load.wait_number(number)
+                times_s.append(time.monotonic() - began)
+                if number % 20 == 0:
+                    progress(f"swaps: {number} of {SWAPS}, {load.answers} answers")
+            after = _figures(daemon, like=before)
+    finally:
+        daemon.close()
+    return _section(load, times_s, stuck, before, after)
+
+
+def _figures(daemon: Daemon, *, like: tuple[int, int, float] | None = None) -> tuple[int, int, float]:
+    """Processes, descriptors and MiB of the whole daemon; waits until retired workers are gone."""
+    deadline = time.monotonic() + QUIET_TIMEOUT_S
+    while True:
+        processes = daemon.processes()
+        figures = len(processes), open_descriptors(processes), memory_bytes(processes) / 2**20
+        calm = len(daemon.status()["workers"]) == 1 and (like is None or figures[:2] == like[:2])
+        if calm or time.monotonic() > deadline:
+            return figures
+        time.sleep(0.2)
+
+
+def _section(
+    load: Load,
+    times_s: list[float],
+    stuck: int,
+    before: tuple[int, int, float],
+    after: tuple[int, int, float],
+) -> Section:
+    growth = after[2] / before[2] - 1
+    p50_ms, longest_ms = percentile(times_s, 0.5) * 1000, max(times_s) * 1000
+    figures = table(
+        ("the daemon and its workers", f"after {WARM_SWAPS} swaps", f"after {SWAPS} swaps"),
+        [
+            ("processes", before[0], after[0]),
+            ("open descriptors", before[1], after[1]),
+            ("memory (PSS), MiB", f"{before[2]:.1f}", f"{after[2]:.1f}"),
+        ],
+    )
+    text = f"""
+A new version dropped into the folder {SWAPS} times, each as soon as the one before has answered, while
+{CLIENTS} clients ask without a pause: {load.answers:,} answers, each checked in every element. From the
+file's rename to the first answer of the new version: p50 {p50_ms:.0f} ms, longest {longest_ms:.0f} ms,
+of which {SETTLE} are the settle time.
+
+{figures}
+"""
+    return Section(
+        "Swaps under load",
+        COMMAND,
+        text,
+        (
+            Claim(f"all {SWAPS} versions came to serve", f"{SWAPS - stuck} did", stuck == 0),
+            Claim("no failed request", f"{load.failed.total()} {dict(load.failed) or ''}", not load.failed),
+            Claim("no wrong answer", f"{len(load.wrong)} {load.wrong[:3] or ''}", not load.wrong),
+            Claim("no growth of descriptors", f"{after[1] - before[1]:+d}", after[1] <= before[1]),
+            Claim(
+                f"memory back to where it was (within {MEMORY_GROWTH_MAX:.0%})",
+                f"{growth:+.1%}",
+                growth <= MEMORY_GROWTH_MAX,
+            ),
+        ),
+    )
+
+
+if __name__ == "__main__":
+    run_alone(measure)
