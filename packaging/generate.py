@@ -57,9 +57,7 @@ def main(arguments: list[str]) -> int:
             path for path, text in wanted.items() if not path.exists() or path.read_text("utf-8") != text
         ]
         for path in stale:
-            print(
-                f"{path.relative_to(ROOT)} is out of date: run python packaging/generate.py", file=sys.stderr
-            )
+            sys.stderr.write(f"{path.relative_to(ROOT)} is out of date: run python packaging/generate.py\n")
         return 1 if stale else 0
     for path, text in wanted.items():
         path.write_text(text, "utf-8")
