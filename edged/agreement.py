@@ -95,7 +95,7 @@ def read_golden(
     files = sorted(Path(folder).glob("*.npz")) if folder else []
     if len(files) + len(inline) > GOLDEN_SAMPLES_MAX:
         raise GoldenMismatch(
-            f"{len(files) + len(inline)} golden samples, {GOLDEN_SAMPLES_MAX} may be given; keep the telling ones"
+            f"{len(files) + len(inline)} golden samples, at most {GOLDEN_SAMPLES_MAX} may be given"
         )
     for path in files:
         samples.append(_read_npz(path, specs_in, specs_out))
@@ -125,7 +125,7 @@ def _read_npz(path: Path, specs_in: Mapping[str, TensorSpec], specs_out: Mapping
                     outputs[tensor] = _as_fed(file[key], specs_out[tensor])
                 else:
                     raise GoldenMismatch(
-                        f"{name}: {key!r} names no input or output of the model; keys are inputs/NAME and outputs/NAME"
+                        f"{name}: {key!r} is neither inputs/NAME nor outputs/NAME with a name of the model"
                     )
     except (OSError, ValueError, EOFError, KeyError) as e:
         raise GoldenMismatch(f"{name} cannot be read: {clean_text(e)}") from e

@@ -235,6 +235,6 @@ def refuse_dangerous_onnx(path: str) -> None:
         if data.find(_MEMORY_ADDRESS) >= 0:
             raise LoadFailed(
                 "MODEL_INVALID",
-                "the model names a memory address as the place of its weights; save the weights in it or beside it",
+                "the model says that its weights lie at a memory address; save them in it or beside it",
                 code=Code.INVALID_ARGUMENT,
             )

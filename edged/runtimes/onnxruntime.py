@@ -19,8 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnxruntime as ort
-from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors
 
 from edged.errors import Code
 from edged.runtimes.base import (
@@ -30,8 +28,14 @@ from edged.runtimes.base import (
     RunFailed,
     clean_text,
     refuse_dangerous_onnx,
+    silence_telemetry,
 )
 from edged.tensors import TensorSpec
+
+silence_telemetry()
+
+import onnxruntime as ort  # noqa: E402 - it opens a telemetry database on import unless that was silenced
+from onnxruntime.capi import onnxruntime_pybind11_state as ort_errors  # noqa: E402 - comes with it
 
 __all__ = ["OnnxRuntime", "create"]
 
@@ -101,7 +105,7 @@ class _OnnxModel:
             if self._plain:
                 return self._run(output_names, feeds, options)  # type: ignore[no-any-return]  # untyped library
             return self._run_ort_values(feeds, output_names, options)
-        except Exception as e:  # noqa: BLE001 - the runtime raises its own, RuntimeError, UnicodeError and more
+        except Exception as e:
             raise self._run_failed(e, options) from e
 
     def cancel(self) -> None:
@@ -174,7 +178,7 @@ class OnnxRuntime:
         cancel.check()
         try:
             session = ort.InferenceSession(request.path, options, providers=providers, enable_fallback=0)
-        except Exception as e:  # noqa: BLE001 - bad models raise UnicodeDecodeError and other foreign exceptions
+        except Exception as e:
             cancel.check()
             raise _load_failed(e, request.device) from e
         finally:
@@ -289,7 +293,7 @@ def _is_out_of_memory(error: Exception) -> bool:
 
 def _cuda_lives(device: str) -> bool:
     """Whether a fresh tiny session still runs there: after a CUDA error nothing in the process does."""
-    from edged.runtimes.detect import run_tiny_model  # detect imports this module's seam, hence here
+    from edged.runtimes.tiny import run_tiny_model  # only wanted after an error
 
     try:
         run_tiny_model(OnnxRuntime(), device)

@@ -1,0 +1,325 @@
+"""OpenVINO behind the seam: CPU, GPU and NPU.
+
+What is decided here and why: devices are named outright, never AUTO, which starts on the CPU and moves;
+`INFERENCE_PRECISION_HINT=f32` unless `precision = "fast"`, since the default on a CPU that has bf16 is
+bf16 with other answers; `ENABLE_CPU_PINNING=NO`, since two workers that pin share one core; tensors are set
+on one infer request of the native API (17 µs for a small MLP, 34 by its dictionary), whose outputs are
+copied, because the request writes the next run's into the same memory.
+
+Strings are refused: a graph that only passes them through corrupts the heap in OpenVINO 2026.4. A load
+cannot be interrupted from within; whoever must end one ends the worker. Runs on Python 3.10 too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from edged.errors import Code
+from edged.runtimes.base import (
+    DTYPES,
+    LoadCancel,
+    LoadFailed,
+    LoadRequest,
+    RunFailed,
+    clean_text,
+    refuse_dangerous_onnx,
+    silence_telemetry,
+)
+from edged.tensors import TensorSpec
+
+silence_telemetry()
+
+import openvino as ov  # noqa: E402 - it sends an event on import unless that was silenced before
+
+__all__ = ["OpenVino", "create"]
+
+_DATATYPES = {
+    "boolean": "BOOL",
+    "i8": "INT8",
+    "i16": "INT16",
+    "i32": "INT32",
+    "i64": "INT64",
+    "u8": "UINT8",
+    "u16": "UINT16",
+    "u32": "UINT32",
+    "u64": "UINT64",
+    "f16": "FP16",
+    "f32": "FP32",
+    "f64": "FP64",
+    "bf16": "BF16",
+}
+
+_FORMATS = ("onnx", "openvino_ir")
+
+METADATA_CHARS_MAX = 4096
+"""Of one metadata value: an IR holds the whole conversion's arguments."""
+
+
+class _OpenVinoModel:
+    """A compiled model with one infer request; see `base.Model`."""
+
+    def __init__(self, model: Any, compiled: Any, *, device: str, precision: str, threads: int) -> None:
+        self._compiled = compiled
+        self._request = compiled.create_infer_request()
+        self._cancelled = False
+        self.device = device
+        self.precision = precision
+        self.threads = threads
+        self.fallback_reason: str | None = None
+        self.inputs = tuple(_spec(port, _input_name(port), "input") for port in model.inputs)
+        names_in = {s.name for s in self.inputs}
+        self.outputs = tuple(_spec(port, _output_name(port, names_in), "output") for port in model.outputs)
+        self.metadata = _metadata(model)
+        self._input_at = {s.name: (at, s.datatype) for at, s in enumerate(self.inputs)}
+        self._output_at = {s.name: (at, DTYPES[s.datatype]) for at, s in enumerate(self.outputs)}
+
+    def run(self, feeds: Mapping[str, Any], output_names: Sequence[str]) -> list[Any]:
+        request = self._request
+        self._cancelled = False
+        missing = [s.name for s in self.inputs if s.name not in feeds]
+        if missing:
+            raise RunFailed(Code.INVALID_ARGUMENT, "MISSING_INPUT", f"inputs {missing} are missing")
+        try:
+            for name, array in feeds.items():
+                at, datatype = self._input_at[name]
+                request.set_input_tensor(at, _tensor(array, datatype))
+        except KeyError as e:
+            raise RunFailed(Code.INVALID_ARGUMENT, "UNKNOWN_INPUT", f"the model has no input {e}") from None
+        except Exception as e:
+            raise RunFailed(Code.INVALID_ARGUMENT, "REFUSED_BY_RUNTIME", clean_text(e)) from e
+        try:
+            request.infer()
+            return [self._output(name) for name in output_names]
+        except Exception as e:
+            raise self._run_failed(e) from e
+
+    def cancel(self) -> None:
+        self._cancelled = True
+        self._request.cancel()
+
+    def shrink(self) -> None:
+        release = getattr(self._compiled, "release_memory", None)  # since 2024.6
+        if release is not None:
+            # It refuses while a run is going on; the next call of the guard comes when that is over.
+            try:
+                release()
+            except RuntimeError:
+                return
+
+    def close(self) -> None:
+        del self._request, self._compiled
+
+    def _output(self, name: str) -> Any:
+        at, dtype = self._output_at[name]
+        data = self._request.get_output_tensor(at).data
+        # bfloat16 comes as its bits in numpy's float16; a copy, since the next run writes to the same place.
+        return np.array(data if data.dtype == dtype else data.view(dtype))
+
+    def _run_failed(self, error: Exception) -> RunFailed:
+        if self._cancelled:
+            return RunFailed(Code.CANCELLED, "CANCELLED", "the request was cancelled while it ran")
+        text = clean_text(error)
+        if isinstance(error, MemoryError) or "bad_alloc" in text or "could not allocate" in text:
+            return RunFailed(
+                Code.RESOURCE_EXHAUSTED, "MEMORY_LIMIT", f"the run needs more memory than it may have: {text}"
+            )
+        if self.device != "CPU" and not _device_lives(self.device):
+            return RunFailed(Code.UNAVAILABLE, "DEVICE_FAILED", f"{self.device} failed: {text}", fatal=True)
+        return RunFailed(Code.INTERNAL, "RUNTIME_ERROR", text)
+
+
+class OpenVino:
+    """See `base.Runtime`."""
+
+    name = "openvino"
+
+    def __init__(self) -> None:
+        self.version: str = str(ov.__version__).partition("-")[0]
+
+    def load(self, request: LoadRequest, cancel: LoadCancel) -> _OpenVinoModel:
+        if request.format not in _FORMATS:
+            raise LoadFailed(
+                "MODEL_INVALID", f"edged does not read {request.format} here", code=Code.INVALID_ARGUMENT
+            )
+        if request.format == "onnx":
+            refuse_dangerous_onnx(request.path)
+        core = ov.Core()
+        try:
+            model = core.read_model(request.path)
+        except Exception as e:
+            raise _load_failed("MODEL_INVALID", e, code=Code.INVALID_ARGUMENT) from e
+        cancel.check()
+        _check_ports(model)
+        try:
+            compiled = core.compile_model(model, request.device, _properties(request))
+        except Exception as e:
+            raise self._compile_failed(core, request, e) from e
+        cancel.check()
+        _check_device(compiled, request.device)
+        return _OpenVinoModel(
+            model,
+            compiled,
+            device=request.device,
+            precision=_precision(compiled, request),
+            threads=request.threads,
+        )
+
+    def full_name(self, device: str) -> str:
+        return str(ov.Core().get_property(device, "FULL_DEVICE_NAME"))
+
+    def precision_fast(self, device: str) -> str:
+        try:
+            able = ov.Core().get_property(device, "OPTIMIZATION_CAPABILITIES")
+        except RuntimeError:
+            return ""
+        if device == "CPU":
+            return "bf16" if "BF16" in able else "f16" if "FP16" in able else ""
+        return "f16" if "FP16" in able else ""
+
+    def _compile_failed(self, core: Any, request: LoadRequest, error: Exception) -> LoadFailed:
+        kind = request.device.partition(".")[0]
+        if not any(name.partition(".")[0] == kind for name in core.available_devices):
+            return LoadFailed(
+                "DEVICE_FAILED",
+                f"OpenVINO sees no {request.device} here: {clean_text(error)}",
+                code=Code.UNAVAILABLE,
+            )
+        return _load_failed("MODEL_LOAD_FAILED", error, code=Code.FAILED_PRECONDITION)
+
+
+def create() -> OpenVino:
+    """The runtime; what every runtime's module has."""
+    return OpenVino()
+
+
+def _properties(request: LoadRequest) -> dict[str, Any]:
+    properties: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY"}
+    kind = request.device.partition(".")[0]
+    if kind == "NPU":
+        if request.precision != "fast":
+            raise LoadFailed(
+                "DEVICE_FAILED",
+                'the NPU computes in f16 only; set precision = "fast" if that is good enough',
+                code=Code.FAILED_PRECONDITION,
+            )
+    elif request.precision != "fast":
+        properties["INFERENCE_PRECISION_HINT"] = "f32"
+        # Without this a GPU may still round, as the hint for execution allows more than the one for types.
+        properties["EXECUTION_MODE_HINT"] = "ACCURACY"
+    if kind == "CPU":
+        properties |= {
+            "NUM_STREAMS": "1",
+            "INFERENCE_NUM_THREADS": request.threads,
+            "ENABLE_CPU_PINNING": "NO",
+        }
+    elif request.cache_dir:
+        # Compiling for an accelerator takes seconds; for the CPU it is not worth keeping unsigned code.
+        properties["CACHE_DIR"] = request.cache_dir
+    return properties
+
+
+def _check_ports(model: Any) -> None:
+    for kind, ports in (("input", model.inputs), ("output", model.outputs)):
+        for port in ports:
+            type_name = port.get_element_type().get_type_name()
+            if type_name not in _DATATYPES:
+                raise LoadFailed(
+                    "MODEL_UNSUPPORTED",
+                    f"{kind} '{_output_name(port, ())}' is of type {type_name}, not served with OpenVINO",
+                    code=Code.UNIMPLEMENTED,
+                )
+
+
+def _check_device(compiled: Any, device: str) -> None:
+    """Raises LoadFailed unless the model is really compiled for the device that was asked for."""
+    try:
+        used = [str(name) for name in compiled.get_property("EXECUTION_DEVICES")]
+    except RuntimeError:
+        return  # not every plugin says it; a device that was named outright is used or raises
+    kind = device.partition(".")[0]
+    if not used or any(name.strip("()").partition(".")[0] != kind for name in used):
+        raise LoadFailed(
+            "DEVICE_FAILED", f"asked for {device}, the model is compiled for {used}", code=Code.UNAVAILABLE
+        )
+
+
+def _precision(compiled: Any, request: LoadRequest) -> str:
+    """What the compiled model says it computes in."""
+    try:
+        hint = compiled.get_property("INFERENCE_PRECISION_HINT")
+        name = str(hint.get_type_name())
+    except (RuntimeError, AttributeError):
+        name = "f16" if request.device.startswith("NPU") else ""
+    if name in ("f32", "f16", "bf16"):
+        return name
+    return "f32" if request.precision != "fast" else "unknown"
+
+
+def _load_failed(reason: str, error: Exception, *, code: Code) -> LoadFailed:
+    text = clean_text(error)
+    if isinstance(error, LoadFailed):
+        return error
+    if isinstance(error, MemoryError) or "bad_alloc" in text:
+        return LoadFailed(
+            "MEMORY_LIMIT",
+            f"loading needs more memory than the worker may have: {text}",
+            code=Code.RESOURCE_EXHAUSTED,
+        )
+    return LoadFailed(reason, text, code=code)
+
+
+def _device_lives(device: str) -> bool:
+    from edged.runtimes.tiny import run_tiny_model  # only wanted after an error
+
+    try:
+        run_tiny_model(OpenVino(), device)
+    except Exception:  # noqa: BLE001 - whatever it raises, the device is not usable from here
+        return False
+    return True
+
+
+def _tensor(array: Any, datatype: str) -> Any:
+    if datatype == "BF16":
+        return ov.Tensor(np.ascontiguousarray(array), ov.Shape(array.shape), ov.Type.bf16)
+    if DTYPES[datatype] != array.dtype:
+        raise ValueError(f"a {array.dtype} array where {datatype} is needed")
+    if array.flags.writeable and array.flags.c_contiguous:
+        return ov.Tensor(array, shared_memory=True)
+    return ov.Tensor(array, shared_memory=False)
+
+
+def _input_name(port: Any) -> str:
+    names = sorted(port.get_names())
+    friendly = port.get_node().get_friendly_name()
+    return str(friendly if friendly in names or not names else names[0])
+
+
+def _output_name(port: Any, inputs: Any) -> str:
+    """The name that the model's author gave: a tensor that is input and output has several."""
+    names = port.get_names()
+    friendly = re.sub(r"/sink_port_\d+$", "", port.get_node().get_friendly_name())
+    if friendly in names or not names:
+        return str(friendly)
+    return str(min(names, key=lambda n: (n in inputs, n)))
+
+
+def _spec(port: Any, name: str, kind: str) -> TensorSpec:
+    datatype = _DATATYPES[port.get_element_type().get_type_name()]
+    shape = port.get_partial_shape()
+    if shape.rank.is_dynamic:
+        return TensorSpec(name, datatype, None)
+    return TensorSpec(name, datatype, tuple(-1 if d.is_dynamic else d.get_length() for d in shape))
+
+
+def _metadata(model: Any) -> dict[str, str]:
+    found = {"graph_name": model.get_friendly_name()}
+    for key, value in model.get_rt_info().items():
+        try:
+            found[str(key)] = str(value.astype(str))
+        except (RuntimeError, AttributeError, TypeError):
+            continue  # a nested map, such as the converter's arguments
+    return {k: v[:METADATA_CHARS_MAX] for k, v in found.items() if v}
