@@ -90,7 +90,7 @@ def test_a_real_sample_of_this_machine(tmp_path: Path) -> None:
 
 
 def test_a_sample_takes_less_than_a_millisecond(tmp_path: Path) -> None:
-    """It runs on the main loop once a second. The quartile of many, so that a busy machine does not judge it."""
+    """It runs on the main loop once a second; a quartile of many, so that a busy machine does not judge."""
     with Sampler(tmp_path) as sampler:
         pids = [os.getpid()] * 10
         times = []
