@@ -1,0 +1,323 @@
+"""`edgectl`: everything that a person or a fleet script asks of the daemon.
+
+Owns the command line: what may be said, and what becomes of it. What the commands do is in `commands`,
+`updates` and `bench`.
+
+Exit codes: 0 done, 1 refused or failed, 2 time-out, 3 no daemon, 64 a command line that makes no sense.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from edged.cli import completion
+from edged.cli.session import (
+    AWAY,
+    EXIT_FAILED,
+    EXIT_NOT_RUNNING,
+    EXIT_OK,
+    EXIT_TIMEOUT,
+    EXIT_USAGE,
+    START_HINT,
+    Failure,
+    Session,
+)
+from edged.cli.tables import clean
+from edged.errors import Code, EdgedError
+from edged.version import __version__
+
+__all__ = ["build_parser", "main"]
+
+_EXIT_INTERRUPTED = 130
+_EXIT_BROKEN_PIPE = 141
+"""As a shell reports SIGINT and SIGPIPE."""
+
+_TIMEOUT_S = 30.0
+_UPDATE_TIMEOUT_S = 300.0
+"""A compile for an accelerator on a small board takes minutes."""
+
+_DESCRIPTION = "Ask the edged inference daemon: what it serves, on what, how fast; and give it new models."
+
+_EPILOG = """\
+exit codes: 0 done, 1 refused or failed (with the reason), 2 time-out, 3 no daemon, 64 bad usage
+environment: EDGED_ENDPOINT names the daemon's socket, NO_COLOR turns colours off
+"""
+
+_INPUT_HELP = """\
+inputs:
+  -i NAME=@FILE.npy        an array
+  -i NAME=@FILE.json       JSON, nested lists or a number
+  -i NAME=@PICTURE.png     a picture (needs pillow), also .jpg, .webp, .bmp …
+  -i NAME='[[1, 2, 3]]'    JSON in place; for BYTES also plain text
+A model with one input needs no NAME=. A missing batch dimension is added.
+
+pictures: resized (bilinear) to the declared height and width, in the declared layout: 1, 3 or 4
+channels in the second place are NCHW, in the last NHWC; [H, W] is one grey picture, [1, 784] a flat
+grey one of 28 × 28. Pixels become 0 to 1 for floats, 0 to 255 for integers; --image-scale S makes it
+0 to S. A model that wants means and deviations taken off needs an .npy.
+"""
+
+
+class _UsageError(Exception):
+    """The command line makes no sense."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message}\n{self.format_usage().strip()}")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line."""
+    parser = _Parser(
+        prog="edgectl",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"edgectl {__version__}")
+    _common(parser, default=None)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    _add_updates(commands)
+    _add_questions(commands)
+    _add_infer(commands)
+    _add_bench(commands)
+    sub = _command(commands, "completion", "print the completion script for a shell", common=False)
+    sub.add_argument("shell", choices=completion.SHELLS, help="the shell")
+    return parser
+
+
+def _common(parser: argparse.ArgumentParser, default: Any) -> None:
+    """Options that may stand before the command and behind it; there they must not undo what stood here."""
+    json_default = False if default is None else default
+    parser.add_argument(
+        "--json", action="store_true", default=json_default, help="answer with one JSON document"
+    )
+    parser.add_argument(
+        "--endpoint", metavar="ENDPOINT", default=default, help="the daemon's socket, ipc://DIR/edged.sock"
+    )
+
+
+def _command(
+    commands: argparse._SubParsersAction[Any],
+    name: str,
+    text: str,
+    *,
+    common: bool = True,
+    timeout_s: float | None = _TIMEOUT_S,
+    epilog: str | None = None,
+) -> argparse.ArgumentParser:
+    sub: argparse.ArgumentParser = commands.add_parser(
+        name,
+        help=text,
+        description=f"{text[0].upper()}{text[1:]}.",
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    if common:
+        _common(sub, argparse.SUPPRESS)
+        if timeout_s is not None:
+            sub.add_argument(
+                "--timeout",
+                type=_seconds,
+                default=timeout_s,
+                metavar="S",
+                help=f"give up after so many seconds (default {timeout_s:g})",
+            )
+    return sub
+
+
+def _add_updates(commands: argparse._SubParsersAction[Any]) -> None:
+    sub = _command(
+        commands,
+        "put",
+        "publish a model into the models folder, whole or not at all",
+        timeout_s=_UPDATE_TIMEOUT_S,
+    )
+    sub.add_argument(
+        "path", metavar="PATH", type=Path, help="a .onnx, a .xml with its .bin, or a bundle directory"
+    )
+    sub.add_argument("--name", metavar="NAME", help="the model's name (default: the file's)")
+    sub.add_argument("--models", metavar="DIR", type=Path, help="the models folder (default: the daemon's)")
+    settings = sub.add_mutually_exclusive_group()
+    settings.add_argument(
+        "--settings", metavar="FILE", type=Path, help="the model's settings (default: a .toml beside PATH)"
+    )
+    settings.add_argument("--no-settings", action="store_true", help="leave a .toml beside PATH where it is")
+    sub.add_argument(
+        "--wait", action="store_true", help="stay until the daemon serves it (0) or refuses it (1)"
+    )
+    sub = _command(
+        commands, "wait", "wait until a model serves (0) or is refused (1)", timeout_s=_UPDATE_TIMEOUT_S
+    )
+    sub.add_argument("model", metavar="MODEL", help="the model's name")
+    sub.add_argument("--sha256", metavar="HASH", help="this content: sha256sum of a single-file model")
+
+
+def _add_questions(commands: argparse._SubParsersAction[Any]) -> None:
+    _command(commands, "status", "show the daemon, its models, devices and resources")
+    sub = _command(commands, "models", "list the models with state and reason")
+    sub.add_argument("--names", action="store_true", help="only the names, one a line")
+    sub = _command(commands, "stats", "show counts and times of each model")
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="only this one")
+    _command(commands, "devices", "list the devices with verdict and hint")
+    sub = _command(commands, "watch", "show events as they come, until Ctrl-C")
+    sub.add_argument("--count", metavar="N", type=_count, help="end after so many events")
+    sub.add_argument(
+        "--topic", metavar="TOPIC", action="append", help="only this topic, such as model.state; repeatable"
+    )
+    sub = _command(commands, "load", "ask the daemon to load a model (again)")
+    sub.add_argument("model", metavar="MODEL", help="the model's name")
+    sub = _command(commands, "unload", "take a model out of service until load, or until its bytes change")
+    sub.add_argument("model", metavar="MODEL", help="the model's name")
+
+
+def _add_model_and_inputs(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("model", metavar="MODEL", help="the model's name")
+    sub.add_argument(
+        "-i", "--input", metavar="INPUT", action="append", default=[], help="an input, see below; repeatable"
+    )
+    sub.add_argument("--image-scale", metavar="S", type=float, help="pixels become 0 to S")
+    sub.add_argument(
+        "--model-version", metavar="V", dest="version", help="a version (default: the serving one)"
+    )
+
+
+def _add_infer(commands: argparse._SubParsersAction[Any]) -> None:
+    sub = _command(commands, "infer", "send one request and show the answer", epilog=_INPUT_HELP)
+    _add_model_and_inputs(sub)
+    sub.add_argument("-o", "--output", metavar="NAME", action="append", help="only this output; repeatable")
+    sub.add_argument("--npz", metavar="OUT", type=Path, help="write the outputs to this .npz as well")
+
+
+def _add_bench(commands: argparse._SubParsersAction[Any]) -> None:
+    sub = _command(
+        commands,
+        "bench",
+        "measure a model through the daemon, and beside the bare runtime",
+        epilog=_INPUT_HELP,
+    )
+    _add_model_and_inputs(sub)
+    sub.add_argument(
+        "--seconds", metavar="S", type=_seconds, default=5.0, help="how long each side runs (default 5)"
+    )
+    sub.add_argument(
+        "--clients", metavar="N", type=_count, default=1, help="then so many client processes at once"
+    )
+    sub.add_argument("--rate", metavar="HZ", type=float, help="paced: so many requests a second per client")
+    sub.add_argument(
+        "--shape",
+        metavar="NAME=DIMS",
+        action="append",
+        default=[],
+        help="sizes of free dimensions, x=1,3,224,224",
+    )
+    sub.add_argument("--onnx", metavar="FILE", type=Path, help="the model's file, for the bare runtime")
+    sub.add_argument("--no-bare", action="store_true", help="without the comparison")
+
+
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 < value < 1e7:
+        raise argparse.ArgumentTypeError(f"{text} is no number of seconds above 0")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number from 1 on")
+    return value
+
+
+def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
+    """The commands' code, imported when one of them runs: `--help` and completion need no numpy."""
+    from edged.cli import bench, commands, updates
+
+    return {
+        "put": updates.put,
+        "wait": updates.wait,
+        "status": commands.status,
+        "models": commands.models,
+        "stats": commands.stats,
+        "devices": commands.devices,
+        "watch": commands.watch,
+        "load": commands.load,
+        "unload": commands.unload,
+        "infer": commands.infer,
+        "bench": bench.bench,
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command; returns the exit code and raises nothing."""
+    try:
+        args = build_parser().parse_args(argv)
+    except _UsageError as e:
+        print(f"edgectl: {e}", file=sys.stderr)
+        return EXIT_USAGE
+    except SystemExit as e:  # --help and --version
+        return int(e.code or 0)
+    try:
+        if args.command == "completion":
+            print(completion.script(args.shell, build_parser()), end="")
+            return EXIT_OK
+        code = _run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return EXIT_OK if args.command == "watch" else _EXIT_INTERRUPTED
+    except BrokenPipeError:
+        # `edgectl … | head`: nobody reads on, and the interpreter's own flush at exit must not complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _EXIT_BROKEN_PIPE
+
+
+def _run(args: argparse.Namespace) -> int:
+    # While put and wait wait for an update, each single question to the daemon still has to be answered soon.
+    timeout_s = min(args.timeout, _TIMEOUT_S) if args.command in ("put", "wait") else args.timeout
+    try:
+        with Session(endpoint=args.endpoint, as_json=args.json, timeout_s=timeout_s) as session:
+            return _handlers()[args.command](session, args)
+    except Failure as e:
+        return _fail(args, e.message, e.code, {"message": e.message, "reason": e.reason})
+    except EdgedError as e:
+        return _fail(args, _sentence(e), _exit_code(e), e.to_wire())
+
+
+def _exit_code(e: EdgedError) -> int:
+    if e.reason in AWAY:
+        return EXIT_NOT_RUNNING
+    if e.reason == "BAD_ENDPOINT":
+        return EXIT_USAGE
+    if e.code is Code.DEADLINE_EXCEEDED:
+        return EXIT_TIMEOUT
+    return EXIT_FAILED
+
+
+def _sentence(e: EdgedError) -> str:
+    if e.reason in AWAY:
+        return e.message if "systemctl start" in e.message else f"{e.message}; {START_HINT}"
+    text = e.message if e.reason is None else f"{e.message} [{e.reason}]"
+    if e.retry_after_ms is not None:
+        text += f" (again after {e.retry_after_ms} ms)"
+    return text
+
+
+def _fail(args: argparse.Namespace, sentence: str, code: int, error: dict[str, Any]) -> int:
+    if args.json:
+        print(json.dumps({"error": {**error, "exit_code": code}}))
+    print(f"edgectl: {clean(sentence)}", file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,215 @@
+"""What a person types as an input becomes the array that the model declares.
+
+`NAME=@file.npy`, `NAME=@file.json`, `NAME=@picture.png`, or JSON in place. The declared datatype decides the
+element type. A change of type is made only where no value changes but by a float's rounding, and said; a
+missing or free dimension is filled in only where there is one way to do it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edged.arrays import dtype_of
+from edged.cli.images import IMAGE_SUFFIXES, ImageError, picture
+from edged.errors import InvalidArgument
+from edged.tensors import TensorSpec, shape_text
+
+__all__ = ["InputError", "json_values", "read_inputs", "synthetic"]
+
+_FLOATS = "fV"
+"""numpy's kinds of the floats here: its own, and ml_dtypes' bfloat16."""
+
+
+class InputError(Exception):
+    """An input can not be made from what was given; the message says what would do."""
+
+
+def read_inputs(
+    given: Sequence[str],
+    specs: Sequence[TensorSpec],
+    *,
+    image_scale: float | None,
+    note: Callable[[str], None],
+) -> dict[str, NDArray[Any]]:
+    """The arrays for `-i` arguments; `note` gets a sentence for each conversion that was made."""
+    by_name = {spec.name: spec for spec in specs}
+    arrays: dict[str, NDArray[Any]] = {}
+    for text in given:
+        name, value = _split(text, by_name)
+        if name in arrays:
+            raise InputError(f"input '{name}' is given twice")
+        arrays[name] = _read(by_name[name], value, image_scale, note)
+    missing = [s.name for s in specs if s.name not in arrays and not s.optional]
+    if missing:
+        wanted = "; ".join(
+            f"-i {n}=… ({by_name[n].datatype} {shape_text(by_name[n].shape)})" for n in missing
+        )
+        raise InputError(f"the model needs more inputs: {wanted}")
+    return arrays
+
+
+def _split(text: str, by_name: Mapping[str, TensorSpec]) -> tuple[str, str]:
+    """Name and value. A name may hold '='; the longest that the model has wins. With a single input, its
+    name may be left out."""
+    names = [n for n in by_name if text.startswith(f"{n}=")]
+    if names:
+        name = max(names, key=len)
+        return name, text[len(name) + 1 :]
+    if len(by_name) == 1 and (text.startswith("@") or "=" not in text):
+        return next(iter(by_name)), text
+    known = ", ".join(by_name) or "none"
+    raise InputError(f"'{text[:60]}' names no input of this model; it has: {known}")
+
+
+def _read(
+    spec: TensorSpec, value: str, image_scale: float | None, note: Callable[[str], None]
+) -> NDArray[Any]:
+    if not value.startswith("@"):
+        return _from_json(spec, value, "the command line", note)
+    path = Path(value[1:]).expanduser()
+    try:
+        if path.suffix == ".npy":
+            return _fit(spec, np.load(path, allow_pickle=False), note)
+        if path.suffix == ".json":
+            return _from_json(spec, path.read_text(), str(path), note)
+        if path.suffix.lower() in IMAGE_SUFFIXES:
+            array = picture(spec.name, path, shape=spec.shape, dtype=_dtype(spec), scale=image_scale)
+            return _fit(spec, array, note)
+    except ImageError as e:
+        raise InputError(str(e)) from None
+    except (OSError, UnicodeDecodeError) as e:
+        raise InputError(f"input '{spec.name}': {path} could not be read: {e}") from None
+    except (ValueError, EOFError) as e:
+        raise InputError(f"input '{spec.name}': {path} is no array that can be read: {e}") from None
+    raise InputError(f"input '{spec.name}': {path.name} is none of .npy, .json, {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _dtype(spec: TensorSpec) -> np.dtype[Any]:
+    try:
+        dtype = dtype_of(spec.datatype)
+    except InvalidArgument as e:
+        raise InputError(f"input '{spec.name}': {e.message}") from None
+    if spec.datatype == "BF16" and dtype.kind == "u":
+        raise InputError(f"input '{spec.name}' takes BF16, which numpy has only with `pip install ml_dtypes`")
+    return dtype
+
+
+def _from_json(spec: TensorSpec, text: str, where: str, note: Callable[[str], None]) -> NDArray[Any]:
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise InputError(f"input '{spec.name}': the JSON from {where} is nested too deep") from None
+    except ValueError as e:
+        if spec.datatype == "BYTES" and where == "the command line":
+            value = text
+        else:
+            raise InputError(f"input '{spec.name}': {where} is not JSON: {e}") from None
+    try:
+        if spec.datatype == "BYTES":
+            return _fit(spec, np.array(value, dtype=object), note)
+        array = np.array(value)
+    except (ValueError, OverflowError) as e:
+        raise InputError(f"input '{spec.name}': {where} is no regular array: {e}") from None
+    if array.dtype.kind not in "biuf" and array.size:
+        raise InputError(f"input '{spec.name}' takes {spec.datatype}, {where} has something else")
+    return _fit(spec, array, lambda _: None)
+
+
+def _fit(spec: TensorSpec, array: NDArray[Any], note: Callable[[str], None]) -> NDArray[Any]:
+    shaped = _shaped(spec, _typed(spec, array, note), note)
+    # ascontiguousarray would make a scalar one-dimensional.
+    return shaped if shaped.flags.c_contiguous else np.ascontiguousarray(shaped)
+
+
+def _typed(spec: TensorSpec, array: NDArray[Any], note: Callable[[str], None]) -> NDArray[Any]:
+    """`array` in the declared type; refuses what would change a value."""
+    want = _dtype(spec)
+    if want.kind == "O":
+        return array.astype(object)
+    if array.dtype == want:
+        return array
+    if array.dtype.kind not in "biuf":
+        raise InputError(f"input '{spec.name}' takes {spec.datatype}, the array is {array.dtype}")
+    with np.errstate(all="ignore"):
+        converted = array.astype(want)
+        exact = want.kind in _FLOATS or array.size == 0 or bool(np.all(converted == array))
+        lost = want.kind in _FLOATS and bool(np.any(np.isinf(converted) & np.isfinite(array)))
+    if not exact or lost:
+        raise InputError(
+            f"input '{spec.name}' takes {spec.datatype}; some values of this {array.dtype} do not fit it"
+        )
+    note(f"input '{spec.name}': {array.dtype} was converted to {spec.datatype}")
+    return converted
+
+
+def _shaped(spec: TensorSpec, array: NDArray[Any], note: Callable[[str], None]) -> NDArray[Any]:
+    """`array` with the declared number of dimensions, where it is clear how; else as it is, for the daemon
+    to judge."""
+    want = spec.shape
+    if want is None or array.ndim == len(want):
+        return array
+    if array.ndim == len(want) - 1 and want[0] in (-1, 1) and _matches(array.shape, want[1:]):
+        shape: tuple[int, ...] = (1, *array.shape)
+    elif array.ndim <= 1 and -1 not in want and math.prod(want) == array.size:
+        shape = tuple(want)
+    elif array.ndim <= 1 and want.count(-1) == 1 and (rest := math.prod(d for d in want if d >= 0)) > 0:
+        if array.size % rest:
+            return array
+        shape = tuple(array.size // rest if d < 0 else d for d in want)
+    else:
+        return array
+    note(f"input '{spec.name}': shape {shape_text(array.shape)} was read as {shape_text(shape)}")
+    return array.reshape(shape)
+
+
+def _matches(have: Sequence[int], want: Sequence[int]) -> bool:
+    return all(w < 0 or w == h for h, w in zip(have, want, strict=True))
+
+
+def synthetic(
+    specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]], seed: int = 0
+) -> dict[str, NDArray[Any]]:
+    """Inputs for timing a model: normal floats, integers and booleans of 0 and 1, short strings. A free
+    dimension is 1 unless `shapes` says otherwise."""
+    unknown = set(shapes) - {s.name for s in specs}
+    if unknown:
+        raise InputError(f"--shape names no input of this model: {', '.join(sorted(unknown))}")
+    rng = np.random.default_rng(seed)
+    arrays: dict[str, NDArray[Any]] = {}
+    for spec in specs:
+        if spec.optional and spec.name not in shapes:
+            continue
+        shape = tuple(shapes.get(spec.name, [1 if d < 0 else d for d in spec.shape or ()]))
+        kind = _dtype(spec)
+        if kind.kind == "O":
+            arrays[spec.name] = np.full(shape, "edged", dtype=object)
+        elif kind.kind in _FLOATS:
+            arrays[spec.name] = rng.standard_normal(shape).astype(kind)
+        else:
+            arrays[spec.name] = rng.integers(0, 2, shape).astype(kind)
+    return arrays
+
+
+def json_values(value: Any) -> Any:
+    """`value` with arrays as lists, bytes as text and floats that JSON has no word for as strings
+    ("NaN", "Infinity", "-Infinity", as protobuf's JSON mapping writes them)."""
+    if isinstance(value, np.ndarray):
+        return json_values(value.tolist())
+    if isinstance(value, np.generic):
+        return json_values(value.item())
+    if isinstance(value, Mapping):
+        return {str(json_values(k)): json_values(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [json_values(v) for v in value]
+    if isinstance(value, (bytes, bytearray, memoryview)):
+        return bytes(value).decode(errors="backslashreplace")
+    if isinstance(value, float) and not math.isfinite(value):
+        return "NaN" if value != value else ("Infinity" if value > 0 else "-Infinity")
+    return value
