@@ -76,7 +76,8 @@ def _section(tiny: dict[str, list[float]], large: dict[str, list[float]]) -> Sec
     one_way_factor = _median(large["edged, `Client.infer`"]) / _median(large["bare echo, small answer"])
     text = f"""
 One client, one request at a time, over ipc. The variants take turns, {SLOTS} slots each of {TINY_RUNS}
-(tiny) or {LARGE_RUNS} (large) requests. The bare echo is a pyzmq ROUTER in a poll loop that sends back what came.
+(tiny) or {LARGE_RUNS} (large) requests. The bare echo is a pyzmq ROUTER in a poll loop that sends back
+what came.
 
 A network of 64-32-10 units, about 0.4 KB each way:
 
