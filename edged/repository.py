@@ -243,8 +243,8 @@ def _check_name(name: str) -> None:
     if _NAME_RE.fullmatch(name) is None:
         raise _Problem(
             "NAME_INVALID",
-            f"{_shown(name)!r} cannot be a model's name: rename it to 1 to 128 letters, digits, '_', '-' and '.', "
-            "not starting with '.'",
+            f"{_shown(name)!r} cannot be a model's name: rename it to 1 to 128 letters, digits, '_', '-' "
+            "and '.', not starting with '.'",
         )
 
 
@@ -515,8 +515,8 @@ class Folder:
         if self._root_id is None and any(entry is None for entry in self._known.values()):
             count = len(self._known)
             return (
-                f"the models folder {snapshot.root} is empty, but {count} served from it before: is it mounted? "
-                "Nothing is removed; put a model there, or unload the old ones by edgectl"
+                f"the models folder {snapshot.root} is empty, but {count} served from it before: is it "
+                "mounted? Nothing is removed; put a model there, or unload the old ones by edgectl"
             )
         if snapshot.root_id != self._root_id:
             return (
