@@ -1,0 +1,349 @@
+"""AsyncClient: Client's methods as coroutines.
+
+The event loop watches the link's descriptors itself, which is faster than a ZeroMQ socket made for asyncio
+(each await there goes through several callbacks). Belongs to one event loop at a time: used from another,
+it connects anew.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from edged.clientwire import (
+    ADMIN_SOCKET,
+    EVENTS_SOCKET,
+    INFER_SOCKET,
+    InferResult,
+    Request,
+    answer,
+    infer_request,
+    needs_metadata,
+    question,
+    read_infer,
+    timeout_seconds,
+    typed_inputs,
+)
+from edged.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from edged.link import (
+    FULL_POLL_S,
+    RETURN_POLL_S,
+    RETURN_S_MAX,
+    EventLink,
+    Link,
+    LinkState,
+    Pending,
+    find_socket,
+    timeout_us,
+)
+
+__all__ = ["AsyncClient", "AsyncEventStream"]
+
+
+class AsyncClient:
+    """Asks one edged daemon from asyncio; arguments, results and errors are Client's.
+
+    Any number of coroutines may use it at once. A cancelled coroutine withdraws its request.
+    """
+
+    def __init__(self, endpoint: str | None = None, *, timeout: float = 30.0) -> None:
+        self._endpoint = endpoint
+        self._timeout_s = timeout_seconds(timeout)
+        self._links: dict[str, _LoopLink] = {}
+        self._connecting: dict[str, asyncio.Task[_LoopLink]] = {}
+        self._closed = False
+
+    async def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        version: str | int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> InferResult:
+        """Runs `model` on `inputs`; as Client.infer."""
+        timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
+        until = time.monotonic() + timeout_s
+        if needs_metadata(inputs):
+            inputs = typed_inputs(inputs, await self.model_metadata(model, version, timeout=timeout_s))
+        request = infer_request(model, inputs, version=version, outputs=outputs, priority=priority)
+        return read_infer(*await self._exchange(INFER_SOCKET, request, until, resend=True))
+
+    def submit(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        version: str | int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> asyncio.Task[InferResult]:
+        """`infer` as a task, for several in flight; cancelling the task withdraws the request."""
+        call: Coroutine[Any, Any, InferResult] = self.infer(
+            model, inputs, version=version, outputs=outputs, timeout=timeout, priority=priority
+        )
+        return asyncio.get_running_loop().create_task(call)
+
+    async def server_live(self, *, timeout: float | None = None) -> bool:
+        """Whether a daemon answers; False where none is."""
+        try:
+            return bool((await self._ask("server_live", timeout=timeout))["live"])
+        except Unavailable:
+            return False
+
+    async def server_ready(self, *, timeout: float | None = None) -> bool:
+        """Whether the daemon has settled its first scan of the models; False where none is."""
+        try:
+            return bool((await self._ask("server_ready", timeout=timeout))["ready"])
+        except Unavailable:
+            return False
+
+    async def server_metadata(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """As Client.server_metadata."""
+        return await self._ask("server_metadata", timeout=timeout)
+
+    async def model_ready(
+        self, name: str, version: str | int | None = None, *, timeout: float | None = None
+    ) -> bool:
+        """As Client.model_ready."""
+        return bool((await self._ask("model_ready", name, version, timeout=timeout))["ready"])
+
+    async def model_metadata(
+        self, name: str, version: str | int | None = None, *, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """As Client.model_metadata."""
+        return await self._ask("model_metadata", name, version, timeout=timeout)
+
+    async def statistics(
+        self, name: str | None = None, version: str | int | None = None, *, timeout: float | None = None
+    ) -> list[dict[str, Any]]:
+        """As Client.statistics."""
+        return list((await self._ask("model_statistics", name, version, timeout=timeout))["model_stats"])
+
+    async def repository_index(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """As Client.repository_index."""
+        return list((await self._ask("repository_index", timeout=timeout))["models"])
+
+    async def load(self, name: str, *, timeout: float | None = None) -> None:
+        """As Client.load."""
+        await self._ask("repository_model_load", name, timeout=timeout, socket=ADMIN_SOCKET)
+
+    async def unload(self, name: str, *, timeout: float | None = None) -> None:
+        """As Client.unload."""
+        await self._ask("repository_model_unload", name, timeout=timeout, socket=ADMIN_SOCKET)
+
+    async def server_status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """As Client.server_status."""
+        return await self._ask("server_status", timeout=timeout, socket=ADMIN_SOCKET)
+
+    async def log_settings(self, level: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
+        """As Client.log_settings."""
+        settings = {} if level is None else {"settings": {"level": level}}
+        return await self._ask("log_settings", timeout=timeout, socket=ADMIN_SOCKET, fields=settings)
+
+    def events(self, topics: Sequence[str] = (), timeout: float | None = None) -> AsyncEventStream:
+        """The daemon's events from now on, of these topics or all, as an asynchronous iterator."""
+        return AsyncEventStream(EventLink(find_socket(self._endpoint, EVENTS_SOCKET), topics), timeout)
+
+    async def close(self) -> None:
+        """Ends the connections. Coroutines that wait raise Unavailable."""
+        self._closed = True
+        for task in self._connecting.values():
+            task.cancel()
+        links, self._links = self._links, {}
+        for link in links.values():
+            link.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def _ask(
+        self,
+        method: str,
+        name: str | None = None,
+        version: str | int | None = None,
+        *,
+        timeout: float | None,
+        socket: str = INFER_SOCKET,
+        fields: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
+        request = question(method, name, version, fields or {})
+        header, _ = await self._exchange(socket, request, until, resend=socket == INFER_SOCKET)
+        return answer(header)
+
+    async def _exchange(
+        self, socket: str, request: Request, until: float, *, resend: bool
+    ) -> tuple[dict[str, Any], Sequence[Any]]:
+        """The reply's header and frames; sends once more after a lost connection, if `resend`."""
+        return_until: float | None = None
+        while True:
+            link, pending = await self._post_and_wait(socket, request, until, return_until)
+            if pending.lost and resend and not self._closed and time.monotonic() < until:
+                resend = False
+                return_until = min(until, time.monotonic() + RETURN_S_MAX)
+                continue
+            return pending.reply(link.path), pending.frames
+
+    async def _post_and_wait(
+        self, socket: str, request: Request, until: float, return_until: float | None
+    ) -> tuple[Link, Pending]:
+        loop = asyncio.get_running_loop()
+        settled: asyncio.Future[None] = loop.create_future()
+
+        def wake() -> None:
+            if not settled.done():
+                settled.set_result(None)
+
+        pending = Pending(wake)
+        while True:
+            holder = self._links.get(socket)
+            if holder is None or holder.loop is not loop or holder.link.state is not LinkState.OPEN:
+                holder = await self._connected(loop, socket, until, return_until)
+            link = holder.link
+            if link.post(request, pending, timeout_us(until)):
+                break
+            if link.state is LinkState.OPEN:
+                if time.monotonic() >= until:
+                    raise DeadlineExceeded(f"{link.path} takes no more requests", reason="SOCKET_FULL")
+                await asyncio.sleep(FULL_POLL_S)
+        timer = loop.call_later(until - time.monotonic(), wake)
+        try:
+            await settled
+        except asyncio.CancelledError:
+            link.cancel(pending)
+            raise
+        finally:
+            timer.cancel()
+            link.forget(pending)
+        return link, pending
+
+    async def _connected(
+        self, loop: asyncio.AbstractEventLoop, socket: str, until: float, return_until: float | None
+    ) -> _LoopLink:
+        """The open link; coroutines that need one at the same time wait for the same."""
+        if self._closed:
+            raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
+        task = self._connecting.get(socket)
+        if task is None or task.get_loop() is not loop:
+            task = loop.create_task(self._connect(loop, socket, until, return_until))
+            self._connecting[socket] = task
+            task.add_done_callback(lambda _: self._connecting.pop(socket, None))
+        return await asyncio.shield(task)
+
+    async def _connect(
+        self, loop: asyncio.AbstractEventLoop, socket: str, until: float, return_until: float | None
+    ) -> _LoopLink:
+        old = self._links.pop(socket, None)
+        if old is not None:
+            old.close()
+        while True:
+            try:
+                holder = _LoopLink(loop, Link(find_socket(self._endpoint, socket)))
+                try:
+                    await holder.wait_open(until)
+                except BaseException:
+                    holder.close()
+                    raise
+            except Unavailable:
+                if return_until is None or time.monotonic() >= return_until:
+                    raise
+                await asyncio.sleep(RETURN_POLL_S)
+            else:
+                self._links[socket] = holder
+                return holder
+
+
+class AsyncEventStream:
+    """EventStream for `async for`; ends and raises as that does."""
+
+    def __init__(self, link: EventLink, timeout_s: float | None) -> None:
+        self._link = link
+        self._timeout_s = timeout_s
+
+    def __aiter__(self) -> AsyncIterator[tuple[str, dict[str, Any]]]:
+        return self
+
+    async def __anext__(self) -> tuple[str, dict[str, Any]]:
+        until = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+        while True:
+            event = self._link.take()
+            if event is not None:
+                return event
+            remaining_s = None if until is None else until - time.monotonic()
+            if remaining_s is not None and remaining_s <= 0:
+                raise StopAsyncIteration
+            await _readable(self._link.fds, remaining_s)
+
+    async def close(self) -> None:
+        """Ends the subscription."""
+        self._link.close()
+
+    async def __aenter__(self) -> AsyncEventStream:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _LoopLink:
+    """A link whose descriptors an event loop watches."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, link: Link) -> None:
+        self.loop = loop
+        self.link = link
+        self._watched = False
+
+    async def wait_open(self, until: float) -> None:
+        until = self.link.handshake_until(until)
+        while True:
+            self.link.check_open(expired=time.monotonic() >= until)
+            if self.link.state is LinkState.OPEN:
+                break
+            await _readable(self.link.fds[1:], until - time.monotonic())
+        for fd in self.link.fds:
+            self.loop.add_reader(fd, self._drain)
+        self._watched = True
+
+    def close(self) -> None:
+        self._unwatch()
+        self.link.close()
+
+    def _drain(self) -> None:
+        self.link.drain()
+        if self.link.state is LinkState.LOST:
+            self._unwatch()
+
+    def _unwatch(self) -> None:
+        if self._watched and not self.loop.is_closed():
+            for fd in self.link.fds:
+                self.loop.remove_reader(fd)
+        self._watched = False
+
+
+async def _readable(fds: Sequence[int], timeout_s: float | None) -> None:
+    """Returns when one of `fds` is readable or the time is over."""
+    loop = asyncio.get_running_loop()
+    woken = asyncio.Event()
+    for fd in fds:
+        loop.add_reader(fd, woken.set)
+    try:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(woken.wait(), timeout_s)
+    finally:
+        for fd in fds:
+            loop.remove_reader(fd)

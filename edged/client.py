@@ -1,0 +1,342 @@
+"""Client: how an app asks the daemon. `asyncclient` has the same for event loops.
+
+Both are shells around the same parts: `clientwire` says what is sent and what a reply means, `link` is one
+connection. What is decided here is when: deadlines, connecting anew after the daemon restarted, and sending
+what has no side effects once more when its connection was lost.
+
+A Client may be used by any number of threads at once, and survives a fork: the child connects anew.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+from edged.clientwire import (
+    ADMIN_SOCKET,
+    EVENTS_SOCKET,
+    INFER_SOCKET,
+    InferResult,
+    Request,
+    answer,
+    infer_request,
+    needs_metadata,
+    question,
+    read_infer,
+    timeout_seconds,
+    typed_inputs,
+)
+from edged.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from edged.link import (
+    FULL_POLL_S,
+    RETURN_POLL_S,
+    RETURN_S_MAX,
+    EventLink,
+    Link,
+    LinkState,
+    Pending,
+    find_socket,
+    timeout_us,
+)
+
+__all__ = ["Client", "EventStream", "InferResult", "PendingResult"]
+
+
+class PendingResult:
+    """An inference in flight, from `Client.submit`."""
+
+    def __init__(self, link: Link, pending: Pending, until: float) -> None:
+        self._link = link
+        self._pending = pending
+        self._until = until
+
+    def done(self) -> bool:
+        """Whether `result` would return or raise at once."""
+        self._link.drain()
+        return self._pending.settled or time.monotonic() >= self._until
+
+    def result(self, timeout: float | None = None) -> InferResult:
+        """Waits for the answer, `timeout` seconds at most, and at most until the request's own deadline.
+
+        Raises the daemon's typed error; DeadlineExceeded when the request's time is over; TimeoutError
+        when only `timeout` is: then it is still in flight, and can be asked for again.
+        """
+        until = self._until if timeout is None else min(self._until, time.monotonic() + timeout)
+        if not self._link.wait(self._pending, until):
+            if until < self._until:
+                raise TimeoutError(f"no answer within {timeout} s; the request is still in flight")
+            self._link.forget(self._pending)
+        return read_infer(self._pending.reply(self._link.path), self._pending.frames)
+
+    def cancel(self) -> None:
+        """Asks the daemon to withdraw the request; `result` then raises Cancelled, unless it was too late."""
+        self._link.cancel(self._pending)
+
+
+class Client:
+    """Asks one edged daemon; see the module's text on threads, forks and restarts.
+
+    `endpoint` is `ipc:///DIR/edged.sock`; left out, `EDGED_ENDPOINT`, then the user's own daemon, then the
+    system's. Nothing is connected before the first call. `timeout` is each call's time in seconds, unless
+    the call says otherwise. Every call raises Unavailable with reason DAEMON_NOT_RUNNING when no daemon is
+    there, and DeadlineExceeded when its time is over; a reply that comes later is dropped.
+    """
+
+    def __init__(self, endpoint: str | None = None, *, timeout: float = 30.0) -> None:
+        self._endpoint = endpoint
+        self._timeout_s = timeout_seconds(timeout)
+        self._links: dict[str, Link] = {}
+        self._connecting = threading.Lock()
+        self._closed = False
+
+    def infer(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        version: str | int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> InferResult:
+        """Runs `model` on `inputs` and returns its outputs.
+
+        Arrays are sent with the dtype they have; lists and Python scalars as the model declares (one more
+        question to the daemon); strings as BYTES. `outputs` names those wanted, None is all. `priority` is
+        1 (highest) to 9. Large arrays are sent from where they lie: leave them alone until this returns.
+        """
+        timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
+        until = time.monotonic() + timeout_s
+        if needs_metadata(inputs):
+            inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
+        request = infer_request(model, inputs, version=version, outputs=outputs, priority=priority)
+        return read_infer(*self._exchange(INFER_SOCKET, request, until, resend=True))
+
+    def submit(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        version: str | int | None = None,
+        outputs: Sequence[str] | None = None,
+        timeout: float | None = None,
+        priority: int = 0,
+    ) -> PendingResult:
+        """Like `infer`, but returns at once; for several inferences in flight from one thread.
+
+        Inputs are copied. A request whose connection is lost is not sent again: `result` raises Unavailable.
+        """
+        timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
+        until = time.monotonic() + timeout_s
+        if needs_metadata(inputs):
+            inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
+        request = infer_request(model, inputs, version=version, outputs=outputs, priority=priority)
+        request.frames = [bytes(frame) for frame in request.frames]
+        pending = Pending()
+        link = self._post(INFER_SOCKET, request, pending, until)
+        return PendingResult(link, pending, until)
+
+    def server_live(self, *, timeout: float | None = None) -> bool:
+        """Whether a daemon answers; False where none is."""
+        try:
+            return bool(self._ask("server_live", timeout=timeout)["live"])
+        except Unavailable:
+            return False
+
+    def server_ready(self, *, timeout: float | None = None) -> bool:
+        """Whether the daemon has settled its first scan of the models; False where none is."""
+        try:
+            return bool(self._ask("server_ready", timeout=timeout)["ready"])
+        except Unavailable:
+            return False
+
+    def server_metadata(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Name, version, extensions, protocol versions, limits and `instance_id` of the daemon."""
+        return self._ask("server_metadata", timeout=timeout)
+
+    def model_ready(
+        self, name: str, version: str | int | None = None, *, timeout: float | None = None
+    ) -> bool:
+        """Whether the model (or that version) serves. Raises NotFound for one that the folder never had."""
+        return bool(self._ask("model_ready", name, version, timeout=timeout)["ready"])
+
+    def model_metadata(
+        self, name: str, version: str | int | None = None, *, timeout: float | None = None
+    ) -> dict[str, Any]:
+        """`{name, versions, platform, inputs, outputs, properties, state}` of a model."""
+        return self._ask("model_metadata", name, version, timeout=timeout)
+
+    def statistics(
+        self, name: str | None = None, version: str | int | None = None, *, timeout: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Counts and durations of one model, or of all."""
+        return list(self._ask("model_statistics", name, version, timeout=timeout)["model_stats"])
+
+    def repository_index(self, *, timeout: float | None = None) -> list[dict[str, Any]]:
+        """`{name, version, state, reason}` of every model version that the daemon knows."""
+        return list(self._ask("repository_index", timeout=timeout)["models"])
+
+    def load(self, name: str, *, timeout: float | None = None) -> None:
+        """Asks the daemon to look at a model again and load it (admin). Returns before it has loaded."""
+        self._ask("repository_model_load", name, timeout=timeout, socket=ADMIN_SOCKET)
+
+    def unload(self, name: str, *, timeout: float | None = None) -> None:
+        """Takes a model out of service until it is loaded again or its bytes change (admin)."""
+        self._ask("repository_model_unload", name, timeout=timeout, socket=ADMIN_SOCKET)
+
+    def server_status(self, *, timeout: float | None = None) -> dict[str, Any]:
+        """Everything that the daemon says about itself: devices, resources, models, workers (admin)."""
+        return self._ask("server_status", timeout=timeout, socket=ADMIN_SOCKET)
+
+    def log_settings(self, level: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
+        """The daemon's log settings, after setting `level` if one is given (admin)."""
+        settings = {} if level is None else {"settings": {"level": level}}
+        return self._ask("log_settings", timeout=timeout, socket=ADMIN_SOCKET, fields=settings)
+
+    def events(self, topics: Sequence[str] = (), timeout: float | None = None) -> EventStream:
+        """The daemon's events from now on, of these topics or all; see EventStream."""
+        return EventStream(EventLink(find_socket(self._endpoint, EVENTS_SOCKET), topics), timeout)
+
+    def close(self) -> None:
+        """Ends the connections. Calls that wait in other threads raise Unavailable."""
+        self._closed = True
+        with self._connecting:
+            links, self._links = self._links, {}
+        for link in links.values():
+            link.close()
+
+    def __enter__(self) -> Client:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        # An app that forgets to close must not keep a connection of the daemon's for ever.
+        with contextlib.suppress(Exception):
+            self.close()
+
+    def __repr__(self) -> str:
+        links = ", ".join(map(repr, self._links.values()))
+        return f"<Client {self._endpoint or 'default endpoint'}{': ' + links if links else ''}>"
+
+    def _ask(
+        self,
+        method: str,
+        name: str | None = None,
+        version: str | int | None = None,
+        *,
+        timeout: float | None,
+        socket: str = INFER_SOCKET,
+        fields: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
+        request = question(method, name, version, fields or {})
+        header, _ = self._exchange(socket, request, until, resend=socket == INFER_SOCKET)
+        return answer(header)
+
+    def _exchange(
+        self, socket: str, request: Request, until: float, *, resend: bool
+    ) -> tuple[dict[str, Any], Sequence[Any]]:
+        """The reply's header and frames; sends once more after a lost connection, if `resend`."""
+        return_until: float | None = None
+        while True:
+            pending = Pending()
+            link = self._post(socket, request, pending, until, return_until)
+            if not link.wait(pending, until):
+                link.forget(pending)
+            if pending.lost and resend and not self._closed and time.monotonic() < until:
+                resend = False
+                return_until = min(until, time.monotonic() + RETURN_S_MAX)
+                continue
+            return pending.reply(link.path), pending.frames
+
+    def _post(
+        self, socket: str, request: Request, pending: Pending, until: float, return_until: float | None = None
+    ) -> Link:
+        """Sends over the open link or a new one; waits while the socket is full, or the daemon away."""
+        while True:
+            link = self._links.get(socket)
+            if link is None or link.state is not LinkState.OPEN:
+                link = self._connect(socket, until, return_until)
+            if link.post(request, pending, timeout_us(until)):
+                return link
+            if link.state is LinkState.OPEN:
+                if time.monotonic() >= until:
+                    raise DeadlineExceeded(f"{link.path} takes no more requests", reason="SOCKET_FULL")
+                time.sleep(FULL_POLL_S)
+
+    def _connect(self, socket: str, until: float, return_until: float | None) -> Link:
+        with self._connecting:
+            if self._closed:
+                raise FailedPrecondition("the client is closed", reason="CLIENT_CLOSED")
+            link = self._links.get(socket)
+            if link is not None and link.state is LinkState.OPEN:
+                return link
+            if link is not None:
+                del self._links[socket]
+                link.close()
+            while True:
+                try:
+                    link = Link(find_socket(self._endpoint, socket))
+                    try:
+                        link.wait_open(until)
+                    except BaseException:
+                        link.close()
+                        raise
+                except Unavailable:
+                    if return_until is None or time.monotonic() >= return_until:
+                        raise
+                    time.sleep(RETURN_POLL_S)
+                else:
+                    self._links[socket] = link
+                    return link
+
+
+class EventStream:
+    """An iterator of `(topic, event)`; also a context manager.
+
+    It ends when no event comes for `timeout` seconds (None waits for ever), and raises Unavailable when the
+    daemon goes. Each event has `seq` and `instance_id`: a gap in `seq`, or a new instance, means that events
+    were missed and the index is to be read again. One thread at a time.
+    """
+
+    def __init__(self, link: EventLink, timeout_s: float | None) -> None:
+        self._link = link
+        self._timeout_s = timeout_s
+
+    def __iter__(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        return self
+
+    def __next__(self) -> tuple[str, dict[str, Any]]:
+        until = None if self._timeout_s is None else time.monotonic() + self._timeout_s
+        while True:
+            event = self._link.take()
+            if event is not None:
+                return event
+            remaining_s = None if until is None else until - time.monotonic()
+            if remaining_s is not None and remaining_s <= 0:
+                raise StopIteration
+            self._link.wait(remaining_s)
+
+    def close(self) -> None:
+        """Ends the subscription."""
+        self._link.close()
+
+    def __enter__(self) -> EventStream:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __del__(self) -> None:
+        with contextlib.suppress(Exception):
+            self.close()
