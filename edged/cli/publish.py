@@ -20,6 +20,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +28,7 @@ from typing import BinaryIO
 
 from edged.cli.tables import bytes_text
 
-__all__ = ["BUNDLE_FILES_MAX", "NAME", "NAME_RULE", "PublishError", "Published", "publish"]
+__all__ = ["BUNDLE_FILES_MAX", "LEFTOVER_AGE_S", "NAME", "NAME_RULE", "PublishError", "Published", "publish"]
 
 BUNDLE_FILES_MAX = 10_000
 """More files than any model has; more likely someone named a home directory."""
@@ -39,6 +40,11 @@ NAME_RULE = "letters, digits, '_', '-' and '.', 1 to 128 of them, not starting w
 
 _SKIPPED_SUFFIXES = ("~", ".tmp", ".part", ".partial", ".filepart", ".crdownload", ".swp")
 """What the daemon never looks at; not copied, and refused as a model's name."""
+
+LEFTOVER_AGE_S = 24 * 3600
+"""No copy into a models folder takes a day."""
+
+_TEMP = re.compile(r"\..+\.[0-9]+\.[0-9a-f]{8}(\.part)?(\.old)?\.part")
 
 _AT_FDCWD = -100
 _RENAME_EXCHANGE = 2
@@ -82,6 +88,7 @@ def publish(
     items, model_name = _plan(source, models, name=name, settings=settings)
     try:
         folder = models.stat()
+        _remove_leftovers(models)
         _require_space(items, models)
         return _carry_out(items, model_name, models, folder)
     except OSError as e:
@@ -178,7 +185,7 @@ def _carry_out(items: list[_Item], name: str, models: Path, folder: os.stat_resu
         try:
             for item, temp in zip(items, temps, strict=True):
                 done.append((temp, item.target, _swap_in(temp, item.target)))
-        except OSError:
+        except BaseException:  # Ctrl-C too: new settings beside an old model would be a third thing
             for temp, target, replaced in reversed(done):
                 _swap_out(temp, target, replaced)
             raise
@@ -186,13 +193,12 @@ def _carry_out(items: list[_Item], name: str, models: Path, folder: os.stat_resu
     finally:
         for temp in temps:
             _remove(temp)
-    single = len(copies) == 1 or (len(copies) == 2 and items[-1].target.suffix == ".onnx")
-    is_file = items[-1].target.suffix in (".onnx", ".xml") and not items[-1].target.is_dir()
+    is_single_file = items[-1].target.suffix == ".onnx" and not items[-1].source.is_dir()
     return Published(
         name=name,
         path=items[-1].target,
         size_bytes=sum(size for _, size in copies),
-        sha256=copies[-1][0] if single and is_file else None,
+        sha256=copies[-1][0] if is_single_file else None,
         settings=_settings_path(items),
         replaced=done[-1][2],
         unchanged=[digest for digest, _ in copies] == before,
@@ -344,6 +350,14 @@ def _remove(path: Path) -> None:
             shutil.rmtree(path)
         else:
             path.unlink()
+
+
+def _remove_leftovers(models: Path) -> None:
+    """Takes away the hidden copies of puts that were killed; any that could still be at work is younger."""
+    oldest_s = time.time() - LEFTOVER_AGE_S
+    for entry in os.scandir(models):
+        if _TEMP.fullmatch(entry.name) and entry.stat(follow_symlinks=False).st_ctime < oldest_s:
+            _remove(Path(entry.path))
 
 
 def _os_text(e: OSError, models: Path) -> str:
