@@ -197,8 +197,8 @@ def model_of(path_or_name: str | os.PathLike[str]) -> tuple[str, str | None]:
     """
     if isinstance(path_or_name, (bytes, bytearray, memoryview)):
         raise InvalidArgument(
-            "a session of edged's takes a model's name or path, not its bytes; put the file into the daemon's "
-            "folder (edgectl put FILE)",
+            "a session of edged's takes a model's name or path, not its bytes; put the file into the "
+            "daemon's folder (edgectl put FILE)",
             reason="MODEL_BYTES",
         )
     path = PurePath(path_or_name)
