@@ -38,7 +38,7 @@ THREADS = 4
 READY_TIMEOUT_S = 60
 RECOVERY_TIMEOUT_S = 30
 STOP_TIMEOUT_S = 15
-PUT_TIMEOUT = "60s"
+PUT_TIMEOUT = "60"
 
 
 class Report:
@@ -197,12 +197,15 @@ def daemon(scratch: Path, report: Report) -> Iterator[str]:
         report.check(code == 0, f"ended after {time.monotonic() - began:.1f} s with exit status {code}")
         left = sorted(p.name for p in (scratch / "run").glob("*.sock"))
         report.check(not left, "no socket is left behind" if not left else f"left behind: {left}")
-        if report.failed:
-            print("\nthe daemon's log:\n" + (scratch / "log").read_text(errors="replace")[-8000:])
+    except BaseException:
+        report.check(False, "the demo came to its end")
+        raise
     finally:
         if process.poll() is None:
             process.kill()
             process.wait()
+        if report.failed:
+            print("\nthe daemon's log:\n" + (scratch / "log").read_text(errors="replace")[-8000:])
 
 
 def wait_ready(endpoint: str, process: subprocess.Popen[bytes]) -> bool:
