@@ -235,7 +235,7 @@ def _pack_flat(datatype: str, flat: list[Any]) -> bytes:
 
 def _bf16(value: float) -> int:
     """The upper half of the FP32 pattern, rounded to nearest even; NaN stays NaN."""
-    (bits,) = struct.unpack("<I", struct.pack("<f", value))
+    bits = int.from_bytes(struct.pack("<f", value), "little")
     if value != value:
         return (bits >> 16) | 0x0040
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16) & 0xFFFF

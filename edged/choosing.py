@@ -1,0 +1,205 @@
+"""Which device is fastest for a model: measured when nobody asks, decided here.
+
+Pure. A model with `device = "auto"` serves first, on the remembered or inherited choice or on the first
+device that works. When the daemon is idle each other candidate is measured against the one that serves, in
+a process of its own, and one pair at a time. The switch needs three things: the answers agree, the
+comparison proves it, and the gain is real (`GAIN_MIN`, `GAIN_MIN_US`). A request that arrives stops the
+measurement at once; the next idle time has to be longer before it is tried again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edged.devices import Candidate, plan
+from edged.events import Effect, Log, RememberChoice, StartMeasure, StopMeasure
+from edged.lifecycle import Instance, InstanceState, Lifecycle
+
+__all__ = ["Chooser"]
+
+IDLE_FIRST_S, IDLE_MAX_S = 2.0, 3600.0
+"""No request for this long before measuring; doubled each time a request stopped it."""
+
+BUDGET_S = 3.0
+"""Of measuring, for each pair."""
+
+LIMIT_S = 90.0
+"""After which a measurement is given up: two loads and the budget fit many times over."""
+
+GAIN_MIN, GAIN_MIN_US = 0.10, 50.0
+"""A switch must save a tenth of the time and 50 µs: less is noise, and a swap is not free."""
+
+
+@dataclass(frozen=True)
+class _Measurement:
+    id: int
+    instance: int
+    candidate: Candidate
+    until_s: float
+
+
+class Chooser:
+    """Decides what to measure, and what follows from it."""
+
+    def __init__(self, lifecycle: Lifecycle, emit: Callable[[Effect], None], now_s: float) -> None:
+        self._lifecycle = lifecycle
+        self._emit = emit
+        self._last_request_s = now_s
+        self._idle_needed_s = IDLE_FIRST_S
+        self._running: _Measurement | None = None
+        self._ids = 0
+
+    @property
+    def running(self) -> bool:
+        """Whether a measurement is under way."""
+        return self._running is not None
+
+    def note_request(self, now_s: float) -> None:
+        """A request came in: the device is needed."""
+        self._last_request_s = now_s
+        if self._running is not None:
+            self._stop()
+            self._idle_needed_s = min(IDLE_MAX_S, 2 * self._idle_needed_s)
+
+    def _stop(self) -> None:
+        if self._running is not None:
+            self._emit(StopMeasure(self._running.id))
+            self._running = None
+
+    def next_due_s(self) -> float | None:
+        """When `step` may have something to do; None when everything is chosen."""
+        if self._running is not None:
+            return self._running.until_s
+        if self._next() is None:
+            return None
+        return self._last_request_s + self._idle_needed_s
+
+    def step(self, now_s: float) -> None:
+        """Starts the next measurement when the daemon is idle."""
+        if self._running is not None:
+            if now_s >= self._running.until_s:
+                running = self._running
+                self._stop()
+                self._note(running, {"agrees": False, "proven": False, "why": "took too long"}, now_s)
+            return
+        if now_s < self._last_request_s + self._idle_needed_s or not self._lifecycle.ready:
+            return
+        found = self._next()
+        if found is None:
+            return
+        instance, candidate = found
+        lifecycle = self._lifecycle
+        self._ids += 1
+        self._running = _Measurement(self._ids, instance.id, candidate, now_s + LIMIT_S)
+        current = instance.plan[0]
+        spec: dict[str, Any] = {
+            **lifecycle.model_spec(instance),
+            "reference": lifecycle.where_spec(current, instance.settings),
+            "candidate": lifecycle.where_spec(candidate, instance.settings),
+            "budget_s": BUDGET_S,
+        }
+        # Both runtimes load the model in that process.
+        self._emit(StartMeasure(self._ids, spec, 2 * lifecycle.memory_max_bytes(instance.settings)))
+
+    def _next(self) -> tuple[Instance, Candidate] | None:
+        lifecycle = self._lifecycle
+        serving = [t.serving for t in lifecycle.tracks.values() if t.serving is not None]
+        if any(t.incoming is not None for t in lifecycle.tracks.values()):
+            return None
+        if lifecycle.verdict is not None and lifecycle.verdict.level > 0:
+            return None
+        for instance in serving:
+            if instance.state is InstanceState.READY and instance.choice in ("default", "inherited"):
+                for candidate in self._candidates(instance):
+                    if candidate not in instance.measured and candidate != instance.plan[0]:
+                        return instance, candidate
+        return None
+
+    def _candidates(self, instance: Instance) -> tuple[Candidate, ...]:
+        lifecycle = self._lifecycle
+        devices = lifecycle.config.devices
+        return plan(
+            selector="auto",
+            runtime=None,
+            policy="prefer",
+            model_format=instance.entry.format,
+            verdicts=lifecycle.verdicts,
+            order=devices.order,
+            exclude=devices.exclude,
+            may_wait=False,
+        ).candidates
+
+    def on_measured(self, measure: int, result: dict[str, Any] | None, how: str, now_s: float) -> None:
+        """A measurement has ended; one that was stopped does not count."""
+        running = self._running
+        if running is None or running.id != measure:
+            return
+        self._running = None
+        self._note(running, result or {"agrees": False, "proven": False, "why": how}, now_s)
+
+    def _note(self, running: _Measurement, result: dict[str, Any], now_s: float) -> None:
+        instance = self._lifecycle.instances.get(running.instance)
+        if instance is None:
+            return
+        instance.measured[running.candidate] = result
+        self._emit(
+            Log(
+                "choice_measured",
+                {
+                    "MODEL": instance.name,
+                    "RUNTIME": running.candidate.runtime,
+                    "DEVICE": running.candidate.device,
+                    "DETAIL": _sentence(result),
+                },
+            )
+        )
+        if any(c not in instance.measured and c != instance.plan[0] for c in self._candidates(instance)):
+            return
+        self._conclude(instance, now_s)
+
+    def _conclude(self, instance: Instance, now_s: float) -> None:
+        best, gain = None, 0.0
+        for candidate, result in instance.measured.items():
+            found = _gain(result)
+            if found > gain:
+                best, gain = candidate, found
+        chosen = best or instance.plan[0]
+        key = self._lifecycle.choice_key(instance.staged, instance.settings)
+        self._emit(RememberChoice(key, {"runtime": chosen.runtime, "device": chosen.device}))
+        if best is None:
+            instance.choice = "measured"
+            return
+        self._emit(
+            Log(
+                "choice_switched",
+                {
+                    "MODEL": instance.name,
+                    "RUNTIME": best.runtime,
+                    "DEVICE": best.device,
+                    "DETAIL": f"{gain:.0%} off {instance.plan[0]}: {_sentence(instance.measured[best])}",
+                },
+            )
+        )
+        self._lifecycle.switch(instance, best, now_s)
+
+
+def _gain(result: dict[str, Any]) -> float:
+    """The share of time that the candidate saves, or 0 when that is no reason to switch."""
+    if not result.get("agrees") or not result.get("proven"):
+        return 0.0
+    reference, candidate = float(result["reference_p50_us"]), float(result["candidate_p50_us"])
+    saved_us = reference - candidate
+    if saved_us < GAIN_MIN_US or saved_us < GAIN_MIN * reference:
+        return 0.0
+    return saved_us / reference
+
+
+def _sentence(result: dict[str, Any]) -> str:
+    if "candidate_p50_us" in result and result["candidate_p50_us"] is not None:
+        return (
+            f"{result['candidate_p50_us']:.0f} µs against {result['reference_p50_us']:.0f} µs; "
+            f"{result.get('why') or 'agrees'}"
+        )
+    return str(result.get("why", ""))

@@ -1,0 +1,696 @@
+"""The one decider: an event and the time go in, effects come out.
+
+Pure: no socket, no process, no file, no clock, no log. `Core.handle` is all that the daemon calls; everything
+that can happen is an event, everything that is to be done an effect. The core itself owns the requests'
+way (which the scheduler keeps in order) and hands the models' way to the lifecycle and the choice of
+devices to the chooser. Its promise: every request that it is given is answered exactly once.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from edged import resources, status
+from edged.choosing import Chooser
+from edged.config import Config
+from edged.devices import Verdict
+from edged.errors import (
+    Cancelled,
+    DeadlineExceeded,
+    EdgedError,
+    InvalidArgument,
+    NotFound,
+    Unavailable,
+    make_error,
+)
+from edged.events import (
+    BadMessage,
+    CancelRun,
+    ConfigChanged,
+    DevicesChanged,
+    Effect,
+    Event,
+    Exit,
+    FolderScanned,
+    InstanceLoaded,
+    InstanceLoadFailed,
+    LoadPrepared,
+    Log,
+    Measured,
+    Probed,
+    Publish,
+    Reply,
+    RequestArrived,
+    RunDone,
+    RunFailed,
+    Sampled,
+    Scan,
+    SendResult,
+    SetLogLevel,
+    ShrinkWorkers,
+    ShutdownAsked,
+    Staged,
+    StageFailed,
+    StartRun,
+    Tick,
+    WorkerGone,
+    WorkerHello,
+)
+from edged.lifecycle import Instance, InstanceState, Lifecycle, Machine, Worker
+from edged.messages import RequestId, Route, TensorData
+from edged.scheduler import Job, JobState, Scheduler
+from edged.tensors import check_shape, shape_text
+from edged.wire import WireLimits, cut, input_data, timing_parameters, unknown_parameters
+
+__all__ = ["Core", "Identity"]
+
+RUN_LIMIT_S = 120.0
+"""The hard limit of a run when the model's settings name none: a hang must end."""
+
+RUN_GRACE_S = 2.0
+"""From asking the runtime to stop a run until its worker is killed."""
+
+LOG_LEVELS = ("debug", "info", "warning", "error")
+
+
+@dataclass(frozen=True)
+class Identity:
+    """Which daemon this is."""
+
+    version: str
+    instance_id: str
+    pid: int
+
+
+@dataclass(eq=False)
+class _Run:
+    job: Job
+    instance: Instance
+    worker: Worker
+    slot: int
+    stop_at_s: float
+    kill_at_s: float = math.inf
+
+
+class Core:
+    """The state of the whole daemon, and what follows from each event."""
+
+    def __init__(
+        self,
+        config: Config,
+        *,
+        machine: Machine,
+        identity: Identity,
+        now_s: float,
+        epoch_offset_s: float = 0.0,
+    ) -> None:
+        self.config = config
+        self.identity = identity
+        self.started_s = now_s
+        self.epoch_offset_s = epoch_offset_s
+        """Wall-clock time minus monotonic time; the daemon keeps it current."""
+        self.stopping = False
+        self.sample: resources.Sample | None = None
+        self.guard: resources.Verdict | None = None
+        self.counters = {"requests": 0, "refused": 0, "bad_messages": 0, "inferences": 0}
+        self._stop_at_s = math.inf
+        self._seq = 0
+        self._out: list[Effect] = []
+        self._runs: dict[int, _Run] = {}
+        self._run_ids = 0
+        self._run_check_s = math.inf
+        self._slow_due_s: float | None = None
+        limits = config.limits
+        self.scheduler = Scheduler(
+            queue_length=limits.queue_length,
+            queue_bytes=limits.queue_bytes,
+            inflight_per_client=limits.inflight_per_client,
+            clients=limits.clients,
+        )
+        self.lifecycle = Lifecycle(config, machine=machine, emit=self._emit, hooks=self, now_s=now_s)
+        self.chooser = Chooser(self.lifecycle, self._emit, now_s)
+        self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
+            RequestArrived: self._on_request,
+            RunDone: self._on_run_done,
+            RunFailed: self._on_run_failed,
+            BadMessage: self._on_bad_message,
+            Tick: self._on_tick,
+        }
+
+    @property
+    def wire_limits(self) -> WireLimits:
+        """The wire's bounds, from the settings."""
+        limits = self.config.limits
+        return WireLimits(
+            limits.header_bytes, limits.message_bytes, limits.frames, limits.tensors, limits.rank
+        )
+
+    @property
+    def state(self) -> str:
+        """`starting`, `ready` or `stopping`."""
+        if self.stopping:
+            return "stopping"
+        return "ready" if self.lifecycle.ready else "starting"
+
+    def handle(self, event: Event, now_s: float) -> list[Effect]:
+        """What follows from `event` at `now_s` (CLOCK_MONOTONIC, seconds)."""
+        handler = self._handlers.get(type(event))
+        if handler is not None:
+            handler(event, now_s)
+        else:
+            self._on_slow(event, now_s)
+            self.chooser.step(now_s)
+            self._slow_due_s = self._slow_due(now_s)
+        out, self._out = self._out, []
+        return out
+
+    def next_due_s(self) -> float | None:
+        """When the next Tick is wanted, at the latest; None when nothing is due."""
+        due = self._run_check_s if self._slow_due_s is None else min(self._run_check_s, self._slow_due_s)
+        deadline = self.scheduler.next_deadline_s()
+        if deadline is not None and deadline < due:
+            due = deadline
+        due = min(due, self._stop_at_s)
+        return None if due == math.inf else due
+
+    def _slow_due(self, now_s: float) -> float | None:
+        found = [d for d in (self.lifecycle.next_due_s(), self.chooser.next_due_s()) if d is not None]
+        return min(found, default=None)
+
+    def _emit(self, effect: Effect) -> None:
+        if isinstance(effect, Publish):
+            self._seq += 1
+            effect.payload["seq"] = self._seq
+            effect.payload["instance_id"] = self.identity.instance_id
+        self._out.append(effect)
+
+    # ------------------------------------------------------------------ requests
+
+    def _on_request(self, event: RequestArrived, now_s: float) -> None:
+        request = event.request
+        self.counters["requests"] += 1
+        try:
+            if request.method == "model_infer":
+                self._infer(event, now_s)
+            else:
+                header = self._call(event, now_s)
+                header["id"] = request.id
+                self._out.append(Reply(event.route, event.socket, header))
+        except EdgedError as error:
+            self._refuse(event.route, event.socket, request.id, error)
+            if isinstance(error, InvalidArgument):
+                self._note_bad(event, error)
+
+    def _on_bad_message(self, event: BadMessage, now_s: float) -> None:
+        self.counters["bad_messages"] += 1
+        self._refuse(event.route, event.socket, event.request_id, event.error)
+        self._note_bad(event, event.error)
+
+    def _note_bad(self, event: RequestArrived | BadMessage, error: EdgedError) -> None:
+        fields = {
+            "CLIENT_UID": str(event.peer.uid),
+            "CLIENT_PID": str(event.peer.pid),
+            "REASON": error.reason or error.code.value,
+            "DETAIL": error.message,
+        }
+        self._out.append(Log("client_misbehaves", fields))
+
+    def _refuse(self, route: Route, socket: str, request_id: RequestId, error: EdgedError) -> None:
+        self.counters["refused"] += 1
+        self._out.append(Reply(route, socket, {"id": request_id, "error": error.to_wire()}))
+
+    def _infer(self, event: RequestArrived, now_s: float) -> None:
+        request = event.request
+        if self.stopping:
+            raise Unavailable("the daemon is stopping", reason="SERVER_STOPPING", retry_after_ms=2000)
+        self.chooser.note_request(now_s)
+        timeout_s, deadline_s, priority = timing_parameters(request)
+        due_s = math.inf if timeout_s is None else now_s + timeout_s
+        if deadline_s is not None:
+            due_s = min(due_s, deadline_s)
+            if due_s <= now_s:
+                raise DeadlineExceeded("the request arrived after its deadline", reason="EXPIRED_ON_ARRIVAL")
+        instance = self.lifecycle.lookup(request.model_name, request.model_version)
+        scheduler = self.scheduler
+        scheduler.check_room(event.route, request.id)
+        try:
+            inputs = self._inputs(instance, event)
+            outputs = self._outputs(instance, event)
+        except EdgedError:
+            instance.stats.failure("reject", 0)
+            raise
+        job = Job(
+            route=event.route,
+            request_id=request.id,
+            peer=event.peer,
+            instance=instance.id,
+            inputs=inputs,
+            outputs=outputs,
+            nbytes=sum([len(t.raw) for t in inputs]),
+            arrived_s=now_s,
+            deadline_s=due_s,
+            priority=priority,
+            warnings=unknown_parameters(request),
+        )
+        try:
+            scheduler.admit(job, queue_length=instance.settings.queue_length, mean_run_s=instance.mean_run_s)
+        except EdgedError:
+            instance.stats.failure("reject", 0)
+            raise
+        worker = self.lifecycle.workers.get(instance.worker) if instance.worker is not None else None
+        if worker is not None and worker.free_slots:
+            self._dispatch(worker, now_s)
+
+    def _inputs(self, instance: Instance, event: RequestArrived) -> list[TensorData]:
+        specs = instance.inputs
+        found = []
+        for tensor in event.request.inputs:
+            spec = specs.get(tensor.name)
+            if spec is None:
+                raise InvalidArgument(
+                    f"model '{instance.name}' has no input '{cut(tensor.name)}'; it has "
+                    + ", ".join(f"'{n}'" for n in specs),
+                    reason="UNKNOWN_INPUT",
+                )
+            if tensor.datatype != spec.datatype:
+                raise InvalidArgument(
+                    f"input '{tensor.name}': expected {spec.datatype}, got {tensor.datatype}",
+                    reason="BAD_DATATYPE",
+                )
+            check_shape(spec, tensor.shape)
+            found.append(input_data(tensor, event.frames))
+        if len(found) < len(specs):
+            missing = instance.required.difference([t.name for t in found])
+            if missing:
+                name = min(missing)
+                spec = specs[name]
+                raise InvalidArgument(
+                    f"input '{name}' is missing: {spec.datatype} {shape_text(spec.shape)}",
+                    reason="MISSING_INPUT",
+                )
+        return found
+
+    def _outputs(self, instance: Instance, event: RequestArrived) -> list[str] | None:
+        wanted = event.request.outputs
+        if wanted is None:
+            return None
+        names = [ref.name for ref in wanted]
+        for name in names:
+            if name not in instance.outputs:
+                raise InvalidArgument(
+                    f"model '{instance.name}' has no output '{cut(name)}'; it has "
+                    + ", ".join(f"'{n}'" for n in instance.outputs),
+                    reason="UNKNOWN_OUTPUT",
+                )
+        if len(set(names)) != len(names):
+            raise InvalidArgument("an output is asked for twice", reason="DUPLICATE_OUTPUT")
+        return names
+
+    # ------------------------------------------------------------------ runs
+
+    def _dispatch(self, worker: Worker, now_s: float) -> None:
+        """Hands waiting jobs to a worker's free slots."""
+        instances = self.lifecycle.instances
+        serving = [
+            i
+            for i in worker.instances
+            if instances[i].state is InstanceState.READY or instances[i].state is InstanceState.DRAINING
+        ]
+        while worker.free_slots:
+            job = self.scheduler.next(serving)
+            if job is None:
+                return
+            instance = instances[job.instance]
+            slot = worker.free_slots.pop()
+            self._run_ids += 1
+            run_id = self._run_ids
+            job.run_id = run_id
+            job.started_s = now_s
+            limit_s = instance.settings.timeout_s or RUN_LIMIT_S
+            run = _Run(job, instance, worker, slot, now_s + limit_s)
+            self._runs[run_id] = run
+            if run.stop_at_s < self._run_check_s:
+                self._run_check_s = run.stop_at_s
+            self._out.append(StartRun(worker.id, run_id, instance.id, slot, job.inputs, job.outputs))
+
+    def _end_run(self, run_id: int) -> _Run | None:
+        run = self._runs.pop(run_id, None)
+        if run is not None:
+            run.worker.free_slots.append(run.slot)
+        return run
+
+    def _on_run_done(self, event: RunDone, now_s: float) -> None:
+        run = self._end_run(event.run_id)
+        if run is None:
+            return
+        job, instance = run.job, run.instance
+        compute_s = event.compute_ns / 1e9
+        mean = instance.mean_run_s
+        instance.mean_run_s = compute_s if mean == 0.0 else mean + 0.1 * (compute_s - mean)
+        if job.state is not JobState.ANSWERED:
+            total_s = now_s - job.arrived_s
+            queue_s = max(0.0, job.started_s - job.arrived_s)
+            instance.stats.success(
+                queue_ns=int(queue_s * 1e9),
+                compute_ns=event.compute_ns,
+                total_ns=int(total_s * 1e9),
+                epoch_ms=int((now_s + self.epoch_offset_s) * 1000),
+            )
+            self.counters["inferences"] += 1
+            parameters = {
+                "device": instance.info["device"],
+                "runtime": instance.info["runtime"],
+                "precision": instance.info["precision"],
+                "batch_size": 1,
+                "queue_us": int(queue_s * 1e6),
+                "compute_us": event.compute_ns // 1000,
+            }
+            if instance.fallback_reason:
+                parameters["fallback_reason"] = instance.fallback_reason
+            if job.warnings:
+                parameters["warnings"] = job.warnings
+            self._out.append(
+                SendResult(
+                    job,
+                    instance.name,
+                    str(instance.version),
+                    run.worker.id,
+                    run.slot,
+                    event.outputs,
+                    parameters,
+                )
+            )
+            self.scheduler.answered(job)
+        self._after_run(run, now_s)
+
+    def _on_run_failed(self, event: RunFailed, now_s: float) -> None:
+        run = self._end_run(event.run_id)
+        if run is None:
+            return
+        if run.job.state is not JobState.ANSWERED:
+            error = make_error(
+                event.code, f"model '{run.instance.name}': {event.message}", reason=event.reason
+            )
+            if event.code == "INTERNAL":
+                self._out.append(
+                    Log(
+                        "request_internal_error",
+                        {
+                            "MODEL": run.instance.name,
+                            "MODEL_VERSION": str(run.instance.version),
+                            "REQUEST_ID": str(run.job.request_id),
+                            "REASON": event.reason,
+                            "DETAIL": event.message,
+                        },
+                    )
+                )
+            self._answer(run.job, run.instance, error, now_s)
+        self._after_run(run, now_s)
+
+    def _after_run(self, run: _Run, now_s: float) -> None:
+        self._dispatch(run.worker, now_s)
+        if run.instance.state is InstanceState.DRAINING:
+            self.lifecycle.check_drained(run.instance, now_s)
+            self._slow_due_s = self._slow_due(now_s)
+        if self.stopping:
+            self._maybe_exit()
+
+    def _answer(self, job: Job, instance: Instance | None, error: EdgedError, now_s: float) -> None:
+        """Answers a job with an error; its run, if it has one, ends on its own."""
+        if instance is not None:
+            kind = "cancel" if isinstance(error, Cancelled) else "fail"
+            instance.stats.failure(kind, int((now_s - job.arrived_s) * 1e9))
+        self._refuse(job.route, "infer", job.request_id, error)
+        self.scheduler.answered(job)
+
+    def running(self, instance: Instance) -> int:
+        """How many of an instance's runs are with its worker."""
+        return sum(1 for run in self._runs.values() if run.instance is instance)
+
+    # Hooks of the lifecycle.
+
+    def busy(self, instance: Instance) -> bool:
+        """Whether jobs wait or run for an instance."""
+        return bool(self.scheduler.queued(instance.id) or self.running(instance))
+
+    def flush(self, instance: Instance, error: EdgedError) -> None:
+        """Answers everything that is in flight for an instance."""
+        jobs = self.scheduler.waiting(instance.id)
+        jobs += [
+            run.job
+            for run in self._runs.values()
+            if run.instance is instance and run.job.state is not JobState.ANSWERED
+        ]
+        for job in jobs:
+            self._answer(job, instance, error, job.arrived_s)
+
+    def forget(self, instance: Instance) -> None:
+        """An instance is gone."""
+        self.scheduler.drop_queue(instance.id)
+
+    def _worker_gone(self, event: WorkerGone, now_s: float) -> None:
+        """The oldest run was the one that ran; those behind it had not begun and go back into their queue."""
+        lost = [(run_id, run) for run_id, run in self._runs.items() if run.worker.id == event.worker]
+        worker = self.lifecycle.workers.get(event.worker)
+        why = event.how if worker is None else worker.killed_for or event.how
+        for position, (run_id, run) in enumerate(lost):
+            self._end_run(run_id)
+            if run.job.state is JobState.ANSWERED:
+                continue
+            if position and run.instance.state is InstanceState.READY:
+                self.scheduler.requeue(run.job)
+                continue
+            error = Unavailable(
+                f"model '{run.instance.name}': the worker ended while this request ran ({why}); "
+                "it is started again",
+                reason="WORKER_CRASHED",
+                retry_after_ms=500,
+            )
+            self._answer(run.job, run.instance, error, now_s)
+        self.lifecycle.on_worker_gone(event.worker, event.how, now_s)
+
+    # ------------------------------------------------------------------ time
+
+    def _on_tick(self, event: Tick, now_s: float) -> None:
+        instances = self.lifecycle.instances
+        for job in self.scheduler.expired(now_s):
+            if job.state is JobState.RUNNING:
+                run = self._runs.get(job.run_id)
+                if run is not None:
+                    self._out.append(CancelRun(run.worker.id, job.run_id))
+            waited = "while it ran" if job.state is JobState.RUNNING else "while it waited"
+            error = DeadlineExceeded(
+                f"the deadline passed {waited}, {round((now_s - job.arrived_s) * 1000)} ms after it came",
+                reason="DEADLINE_PASSED",
+            )
+            instance = instances.get(job.instance)
+            self._answer(job, instance, error, now_s)
+            if instance is not None and instance.state is InstanceState.DRAINING:
+                self.lifecycle.check_drained(instance, now_s)
+        if now_s >= self._run_check_s:
+            self._check_runs(now_s)
+        if self._slow_due_s is not None and now_s >= self._slow_due_s:
+            self.lifecycle.tick(now_s)
+            self.chooser.step(now_s)
+            self._slow_due_s = self._slow_due(now_s)
+        if self.stopping:
+            if now_s >= self._stop_at_s:
+                self._answer_rest(now_s)
+            self._maybe_exit()
+
+    def _check_runs(self, now_s: float) -> None:
+        """Stops runs past their hard limit, and kills workers whose runs do not stop."""
+        due = math.inf
+        for run_id, run in list(self._runs.items()):
+            if now_s >= run.kill_at_s:
+                self.lifecycle.kill_worker(run.worker.id, "a run did not stop when told to", now_s)
+                run.kill_at_s = math.inf
+            elif now_s >= run.stop_at_s:
+                run.stop_at_s, run.kill_at_s = math.inf, now_s + RUN_GRACE_S
+                self._out.append(CancelRun(run.worker.id, run_id))
+                if run.job.state is not JobState.ANSWERED:
+                    limit_s = run.instance.settings.timeout_s or RUN_LIMIT_S
+                    error = DeadlineExceeded(
+                        f"model '{run.instance.name}' ran longer than its limit of {limit_s:g} s "
+                        "(`timeout` in its settings)",
+                        reason="RUN_TIMEOUT",
+                    )
+                    self._answer(run.job, run.instance, error, now_s)
+            due = min(due, run.stop_at_s, run.kill_at_s)
+        self._run_check_s = due
+        self._slow_due_s = self._slow_due(now_s)
+
+    def _maybe_exit(self) -> None:
+        if not self.scheduler.in_flight:
+            self._stop_at_s = math.inf
+            self._out.append(Exit())
+
+    def _answer_rest(self, now_s: float) -> None:
+        error = Unavailable("the daemon is stopping", reason="SERVER_STOPPING", retry_after_ms=2000)
+        for instance in list(self.lifecycle.instances.values()):
+            self.flush(instance, error)
+
+    # ------------------------------------------------------------------ everything that is not hot
+
+    def _on_slow(self, event: Event, now_s: float) -> None:
+        lifecycle = self.lifecycle
+        match event:
+            case InstanceLoaded(worker=worker_id, instance=instance, info=info):
+                lifecycle.on_loaded(instance, info, now_s)
+                worker = lifecycle.workers.get(worker_id)
+                if worker is not None:
+                    self._dispatch(worker, now_s)
+            case InstanceLoadFailed(instance=instance, reason=reason, message=message):
+                lifecycle.on_load_failed(instance, reason, message, now_s)
+            case WorkerHello(worker=worker_id, pid=pid):
+                if worker_id in lifecycle.workers:
+                    lifecycle.workers[worker_id].pid = pid
+                    self._out.append(Log("worker_started", {"PID": str(pid)}))
+            case WorkerGone():
+                self._worker_gone(event, now_s)
+            case FolderScanned(snapshot=snapshot, wall_s=wall_s):
+                lifecycle.on_scanned(snapshot, now_s, wall_s)
+            case Staged(entry=entry, staged=staged, quarantined=quarantined):
+                lifecycle.on_staged(entry, staged, quarantined, now_s)
+            case StageFailed(entry=entry, reason=reason, message=message, again=again):
+                lifecycle.on_stage_failed(entry, reason, message, again, now_s)
+            case LoadPrepared(instance=instance, quarantined=quarantined, choice=choice):
+                lifecycle.on_load_prepared(instance, quarantined, choice, now_s)
+            case Probed(verdict=verdict):
+                lifecycle.on_probed(Verdict.from_wire(verdict), now_s)
+            case DevicesChanged():
+                self._reprobe()
+            case Measured(measure=measure, result=result, how=how):
+                self.chooser.on_measured(measure, result, how, now_s)
+            case Sampled(sample=sample):
+                self._on_sampled(sample, now_s)
+            case ConfigChanged(config=config):
+                self._on_config(config)
+            case ShutdownAsked():
+                self._on_shutdown(now_s)
+            case _:
+                raise TypeError(f"no handler for {type(event).__name__}")
+
+    def _reprobe(self) -> None:
+        for candidate, verdict in list(self.lifecycle.verdicts.items()):
+            if verdict is not None and candidate.gpu_like:
+                self.lifecycle.probe(candidate)
+
+    def _on_sampled(self, sample: resources.Sample, now_s: float) -> None:
+        self.sample = sample
+        settings = self.config.resources
+        limits = resources.ResourceLimits(
+            memory_bytes=self.lifecycle.machine.memory_limit_bytes,
+            memory_pressure=settings.memory_pressure,
+            disk_free_min_bytes=settings.disk_free_min_bytes,
+            temperature_max_c=settings.temperature_max_c,
+        )
+        budgets = {
+            w.pid: w.memory_max_bytes
+            for w in self.lifecycle.workers.values()
+            if w.pid is not None and w.memory_max_bytes is not None
+        }
+        before = self.guard
+        guard = self.guard = resources.judge(sample, limits, budgets=budgets, previous=before)
+        if guard.level != (before.level if before is not None else resources.Level.OK):
+            self._out.append(
+                Log("pressure_changed", {"REASON": guard.level.name, "DETAIL": "; ".join(guard.reasons)})
+            )
+            payload = {"level": guard.level.name, "reasons": list(guard.reasons)}
+            self._emit(Publish("resource.pressure", payload))
+            if guard.level >= resources.Level.SHRINK:
+                self._out.append(ShrinkWorkers())
+        self.lifecycle.on_sampled(guard, {w.pid: w.rss_bytes for w in sample.workers}, now_s)
+
+    def _on_config(self, config: Config) -> None:
+        """What can change while running does; the rest needs a restart, and the log says which."""
+        old, self.config = self.config, config
+        self.lifecycle.config = config
+        self.scheduler.queue_length = config.limits.queue_length
+        self.scheduler.queue_bytes = config.limits.queue_bytes
+        self.scheduler.inflight_per_client = config.limits.inflight_per_client
+        self.scheduler.clients_max = config.limits.clients
+        if config.log.level != old.log.level:
+            self._out.append(SetLogLevel(config.log.level))
+        self._out.append(Scan(0.0))
+        self._reprobe()
+
+    def _on_shutdown(self, now_s: float) -> None:
+        if self.stopping:
+            return
+        self.stopping = True
+        self._stop_at_s = now_s + self.config.server.shutdown_grace_s
+        self._emit(Publish("server.state", {"state": "stopping"}))
+        self._out.append(Log("server_stopping", {"DETAIL": f"{self.scheduler.in_flight} requests in flight"}))
+        self._maybe_exit()
+
+    # ------------------------------------------------------------------ methods
+
+    def _call(self, event: RequestArrived, now_s: float) -> dict[str, Any]:
+        request = event.request
+        match request.method:
+            case "server_live":
+                return {"live": True}
+            case "server_ready":
+                return {"ready": self.state == "ready"}
+            case "server_metadata":
+                return status.server_metadata(self)
+            case "model_ready":
+                return {"name": request.model_name, "ready": self._model_ready(event)}
+            case "model_metadata":
+                instance = self.lifecycle.lookup(request.model_name, request.model_version)
+                return status.model_metadata(self.lifecycle, instance)
+            case "model_statistics":
+                return {
+                    "model_stats": status.model_statistics(self, request.model_name, request.model_version)
+                }
+            case "repository_index":
+                return {"models": status.repository_index(self.lifecycle)}
+            case "cancel":
+                return self._cancel(event, now_s)
+            case "repository_model_load":
+                self.lifecycle.load(request.model_name, now_s)
+            case "repository_model_unload":
+                self.lifecycle.unload(request.model_name, now_s)
+                self._slow_due_s = self._slow_due(now_s)
+            case "server_status":
+                return status.server_status(self, now_s)
+            case "log_settings":
+                return self._log_settings(event)
+            case method:
+                raise NotFound(f"method '{method}' has no handler")
+        return {}
+
+    def _model_ready(self, event: RequestArrived) -> bool:
+        try:
+            instance = self.lifecycle.lookup(event.request.model_name, event.request.model_version)
+        except Unavailable:
+            return False
+        return instance.state is InstanceState.READY
+
+    def _cancel(self, event: RequestArrived, now_s: float) -> dict[str, Any]:
+        wanted = event.request.cancel_id
+        job = None if wanted is None else self.scheduler.find(event.route, wanted)
+        if job is None:
+            raise NotFound(
+                f"no request with id {wanted!r} is in flight on this connection; it may be answered already",
+                reason="NOT_IN_FLIGHT",
+            )
+        if job.state is JobState.RUNNING:
+            self._out.append(CancelRun(self._runs[job.run_id].worker.id, job.run_id))
+        instance = self.lifecycle.instances.get(job.instance)
+        self._answer(job, instance, Cancelled("withdrawn by the client", reason="CANCELLED_BY_CLIENT"), now_s)
+        if instance is not None and instance.state is InstanceState.DRAINING:
+            self.lifecycle.check_drained(instance, now_s)
+        return {"cancelled": True}
+
+    def _log_settings(self, event: RequestArrived) -> dict[str, Any]:
+        wanted = (event.request.settings or {}).get("level")
+        if wanted is not None:
+            if wanted not in LOG_LEVELS:
+                raise InvalidArgument(f"level must be one of {', '.join(LOG_LEVELS)}", reason="BAD_PARAMETER")
+            self._out.append(SetLogLevel(wanted))
+        return {"settings": {"level": wanted or self.config.log.level}}

@@ -1,0 +1,802 @@
+"""The daemon: the loop that turns what happens into events and carries out the core's effects.
+
+The only module that composes. One thread, no locks: the loop waits on one epoll (the ROUTERs' descriptors,
+the workers' sockets, the probes, the wake-up of other threads, signals), makes an event of each thing that
+it finds, asks the core, and does what the core says. It never runs a model, never parses a model file and
+never waits for a disk; what is slow goes to the helper thread.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import os
+import platform
+import secrets
+import select
+import signal
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+import zmq
+
+from edged import status, wire
+from edged.arena import ArenaBoundsError, aligned
+from edged.catalog import LevelName
+from edged.config import Config, ConfigError
+from edged.core import Core, Identity
+from edged.devices import Candidate
+from edged.errors import Internal, InvalidArgument, ResourceExhausted
+from edged.events import (
+    BadMessage,
+    CancelLoad,
+    CancelRun,
+    Collect,
+    ConfigChanged,
+    DevicesChanged,
+    Effect,
+    EndAttempt,
+    EndWorker,
+    Event,
+    Exit,
+    FolderScanned,
+    ForgetModel,
+    InstanceLoaded,
+    InstanceLoadFailed,
+    KillWorker,
+    LoadInstance,
+    LoadPrepared,
+    Log,
+    MarkGood,
+    Measured,
+    PrepareLoad,
+    Probe,
+    Probed,
+    Publish,
+    Ready,
+    RememberChoice,
+    Reply,
+    RequestArrived,
+    RunDone,
+    RunFailed,
+    Sampled,
+    Scan,
+    SendResult,
+    SetLogLevel,
+    ShrinkWorkers,
+    ShutdownAsked,
+    Stage,
+    Staged,
+    StageFailed,
+    StartMeasure,
+    StartRun,
+    StartWorker,
+    StopMeasure,
+    Tick,
+    UnloadInstance,
+    WorkerHello,
+)
+from edged.events import WorkerGone as WorkerGoneEvent
+from edged.helper import Helper, Mailbox
+from edged.journal import Journal, RateLimiter
+from edged.lifecycle import Machine
+from edged.process import ProbeProcess, Spawner, WorkerGone, WorkerLimits, WorkerProcess
+from edged.repository import Entry, scan
+from edged.store import LastGood, Store, StoreError
+from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes
+from edged.transport import Incoming, Router, SocketDir, TransportError, bind_events
+from edged.version import __version__
+from edged.watcher import Watcher
+
+__all__ = ["Daemon", "main"]
+
+MESSAGES_PER_TURN = 32
+"""Taken from one ROUTER before the workers have their turn."""
+
+REAP_S = 0.005
+"""How often a worker that hung up is asked how it ended: the kernel may still be freeing its memory."""
+
+REAP_MAX_S = 2.0
+"""After which one that hung up and lives on is killed."""
+
+FLUSH_S = 0.005
+"""How often replies that a slow client had no room for are tried again."""
+
+SCAN_DEBOUNCE_S = 0.05
+"""From a touch of the folder until it is looked at, so that a burst of events is one scan."""
+
+STATUS_S = 2.0
+"""How often the text of `systemctl status` may change."""
+
+_EXIT_BUSY = 75
+"""EX_TEMPFAIL of sysexits.h: another daemon has the sockets or the state directory."""
+
+
+class _Reaping:
+    """A worker that hung up, until the kernel has told how it ended."""
+
+    def __init__(self, worker: int, process: WorkerProcess, now_s: float) -> None:
+        self.worker = worker
+        self.process = process
+        self.kill_at_s = now_s + REAP_MAX_S
+
+
+class Daemon:
+    """Everything that the daemon holds, and its loop. Used by `main`; a context manager."""
+
+    def __init__(self, config: Config, *, journal: Journal, reload: Callable[[], Config]) -> None:
+        self._config = config
+        self._journal = journal
+        self._reload = reload
+        self._stack = contextlib.ExitStack()
+        self._running = True
+        self._handlers: dict[type[Effect], Callable[[Any], None]] = self._effect_table()
+        self._workers: dict[int, WorkerProcess] = {}
+        self._fds: dict[int, Callable[[], None]] = {}
+        self._reaping: list[_Reaping] = []
+        self._probes: dict[ProbeProcess, float] = {}
+        self._measure: tuple[int, WorkerProcess] | None = None
+        self._doomed: list[WorkerProcess] = []
+        self._limiter = RateLimiter()
+        self._scan_at_s: float | None = 0.0
+        self._scanning = False
+        self._inbox: list[Event] = []
+
+    def __enter__(self) -> Daemon:
+        try:
+            self._open()
+        except BaseException:
+            self._stack.close()
+            raise
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    # ------------------------------------------------------------------ opening
+
+    def _open(self) -> None:
+        config, stack = self._config, self._stack
+        now_s = time.monotonic()
+        self._notifier = Notifier()
+        stack.callback(self._notifier.close)
+        self._epoll = select.epoll()
+        stack.callback(self._epoll.close)
+        self._dir = SocketDir(config.server.endpoint, system="RUNTIME_DIRECTORY" in os.environ)
+        stack.callback(self._dir.close)
+        self._store = Store(
+            config.server.state_dir,
+            keep_versions=config.store.keep_versions,
+            max_bytes=config.store.max_bytes,
+            disk_free_min_bytes=config.resources.disk_free_min_bytes,
+        )
+        stack.callback(self._store.close)
+        config.server.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self._open_wakeups()
+        self._sampler = Sampler(config.server.state_dir)
+        stack.callback(self._sampler.close)
+        pythons = {name: r.python for name, r in config.runtimes.items() if r.python is not None}
+        self._spawner = Spawner(pythons=pythons, environ=os.environ)
+        stack.callback(self._spawner.close)
+        machine = Machine(
+            name=_cpu_name(),
+            cpus=available_cpus(),
+            memory_limit_bytes=memory_limit_bytes(config.resources.memory),
+        )
+        self._core = Core(
+            config,
+            machine=machine,
+            identity=Identity(__version__, secrets.token_hex(8), os.getpid()),
+            now_s=now_s,
+            epoch_offset_s=time.time() - now_s,
+        )
+        self._open_sockets()
+        self._helper = Helper("store", self._mailbox, self._note_bug)
+        self._watcher = Watcher(config.server.models, self._folder_touched)
+        self._watcher.start()
+        stack.callback(self._watcher.stop)
+        self._sample_at_s = now_s
+        self._rescan_at_s = now_s + config.loading.rescan_s
+        self._status_at_s = now_s
+        self._status = ""
+        self._devices_seen = _device_nodes()
+        self._awake_s = _asleep_s()
+
+    def _open_sockets(self) -> None:
+        limits = self._config.limits
+        context = zmq.Context(io_threads=1)
+        self._stack.callback(context.term)
+        self._routers: dict[str, Router] = {}
+        for name, endpoint, group in (
+            ("infer", self._dir.infer, "edged"),
+            ("admin", self._dir.admin, "edged-admin"),
+        ):
+            router = Router(
+                context, name, endpoint, frame_bytes_max=limits.message_bytes, frames_max=limits.frames
+            )
+            self._stack.callback(router.close)
+            self._dir.claim(endpoint, group)
+            self._routers[name] = router
+            self._epoll.register(router.fd, select.EPOLLIN)
+        self._events = bind_events(context, self._dir.events)
+        self._stack.callback(self._events.close)
+        self._dir.claim(self._dir.events, "edged")
+        self._wire_limits = self._core.wire_limits
+
+    def _open_wakeups(self) -> None:
+        wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stack.callback(os.close, wake)
+        self._mailbox = Mailbox(lambda: os.eventfd_write(wake, 1))
+        self._watch(wake, lambda: self._take_mail(wake))
+        reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        self._stack.callback(os.close, reader)
+        self._stack.callback(os.close, writer)
+        old = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        self._stack.callback(signal.set_wakeup_fd, old)
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            before = signal.signal(number, lambda *_: None)
+            self._stack.callback(signal.signal, number, before)
+        self._watch(reader, lambda: self._take_signals(reader))
+
+    def _watch(self, fd: int, ready: Callable[[], None]) -> None:
+        self._fds[fd] = ready
+        self._epoll.register(fd, select.EPOLLIN)
+
+    def _unwatch(self, fd: int) -> None:
+        if self._fds.pop(fd, None) is not None:
+            self._epoll.unregister(fd)
+
+    # ------------------------------------------------------------------ the loop
+
+    def run(self) -> None:
+        """Serves until it is told to stop."""
+        config = self._config
+        self._journal.emit(
+            "server_starting",
+            VERSION=__version__,
+            PID=os.getpid(),
+            PATH=str(config.server.models),
+            ENDPOINT=config.server.endpoint,
+        )
+        self._core.lifecycle.restore((_entry_of(good), good.staged) for good in self._store.last_good())
+        for runtime, device in self._spawner.list_probes():
+            self._core.lifecycle.probe(Candidate(runtime, device))
+        self._step(Tick())
+        gc.collect()
+        gc.freeze()
+        while self._running:
+            self._turn()
+        self._stop()
+
+    def _turn(self) -> None:
+        routers = self._routers
+        for router in routers.values():
+            if router.readable():
+                self._receive(router)
+        now_s = time.monotonic()
+        if now_s >= self._next_s:
+            self._timers(now_s)
+        waiting = any(r.readable() for r in routers.values())
+        timeout_s = 0.0 if waiting else max(0.0, self._due_s() - time.monotonic())
+        fds = self._fds
+        for fd, _ in self._epoll.poll(timeout_s):
+            ready = fds.get(fd)
+            if ready is not None:
+                ready()
+
+    _next_s = 0.0
+    """When `_timers` is to run at the latest; kept current by `_due_s`."""
+
+    def _due_s(self) -> float:
+        due = min(self._sample_at_s, self._timer_s())
+        core_due = self._core.next_due_s()
+        if core_due is not None and core_due < due:
+            due = core_due
+        self._next_s = due
+        return due
+
+    def _timer_s(self) -> float:
+        due = self._sample_at_s
+        if self._scan_at_s is not None:
+            due = min(due, self._scan_at_s)
+        if self._reaping or self._doomed:
+            due = min(due, time.monotonic() + REAP_S)
+        for router in self._routers.values():
+            if router.has_backlog:
+                due = min(due, time.monotonic() + FLUSH_S)
+        return due
+
+    def _timers(self, now_s: float) -> None:
+        for router in self._routers.values():
+            if router.has_backlog:
+                router.flush()
+        if self._reaping or self._doomed:
+            self._reap(now_s)
+        if self._scan_at_s is not None and now_s >= self._scan_at_s and not self._scanning:
+            self._scan_at_s = None
+            self._scanning = True
+            self._helper.give(self._scan_task)
+        if now_s >= self._sample_at_s:
+            self._sample(now_s)
+        self._step(Tick())
+
+    def _step(self, event: Event) -> None:
+        """An event to the core, and the core's effects carried out."""
+        try:
+            effects = self._core.handle(event, time.monotonic())
+        except Exception:  # noqa: BLE001 - the loop's edge: a bug costs one event, not the daemon
+            self._on_bug(event)
+            return
+        handlers = self._handlers
+        for effect in effects:
+            try:
+                handlers[type(effect)](effect)
+            except Exception:  # noqa: BLE001 - as above; the other effects are still carried out
+                self._on_bug(effect)
+
+    def _on_bug(self, what: Event | Effect) -> None:
+        incident = secrets.token_hex(4)
+        self._note_bug(traceback.format_exc(), incident)
+        if isinstance(what, RequestArrived):
+            error = Internal(f"a fault of edged; the log has it as incident {incident}", reason="DAEMON_BUG")
+            header = {"id": what.request.id, "error": error.to_wire()}
+            self._routers[what.socket].send(what.route, [wire.encode(header)])
+
+    def _note_bug(self, text: str, incident: str = "") -> None:
+        self._journal.emit("daemon_bug", DETAIL=text, INCIDENT=incident or None)
+
+    # ------------------------------------------------------------------ what comes in
+
+    def _receive(self, router: Router) -> None:
+        for _ in range(MESSAGES_PER_TURN):
+            message = router.receive()
+            if message is None:
+                return
+            self._step(self._decode(router.name, message))
+
+    def _decode(self, name: str, message: Incoming) -> Event:
+        frames = message.frames
+        try:
+            if not frames:
+                raise wire.WireError(
+                    InvalidArgument("the message is empty; send a header", reason="EMPTY_MESSAGE"), None
+                )
+            tensors = frames[1:]
+            request = wire.decode_request(frames[0], [len(f) for f in tensors], name, self._wire_limits)
+        except wire.WireError as e:
+            return BadMessage(message.route, name, message.peer, e.request_id, e.error)
+        return RequestArrived(message.route, name, message.peer, request, tensors)
+
+    def _take_mail(self, fd: int) -> None:
+        with contextlib.suppress(BlockingIOError):
+            os.eventfd_read(fd)
+        while (event := self._mailbox.take()) is not None:
+            if isinstance(event, _LookAgain):
+                self._scan(Scan(SCAN_DEBOUNCE_S))
+                continue
+            if isinstance(event, FolderScanned):
+                self._scanning = False
+                self._rescan_at_s = time.monotonic() + self._config.loading.rescan_s
+            self._step(event)
+
+    def _take_signals(self, fd: int) -> None:
+        for number in os.read(fd, 64):
+            if number == signal.SIGHUP:
+                self._reread()
+            elif number in (signal.SIGTERM, signal.SIGINT):
+                self._notifier.stopping("stopping: finishing what runs")
+                self._step(ShutdownAsked())
+
+    def _reread(self) -> None:
+        self._notifier.reloading("reading the configuration again")
+        try:
+            config = self._reload()
+        except ConfigError as e:
+            self._journal.emit("config_rejected", DETAIL=e.message)
+        else:
+            # What the sockets, the store and the processes were built from stays until a restart.
+            fixed = [
+                name
+                for name in ("server", "store", "runtimes")
+                if getattr(config, name) != getattr(self._config, name)
+            ]
+            live = replace(config, server=self._config.server, store=self._config.store)
+            self._step(ConfigChanged(live))
+            self._wire_limits = self._core.wire_limits
+            self._config = live
+            note = f"a restart is needed for [{'], ['.join(fixed)}]" if fixed else None
+            self._journal.emit("config_reloaded", DETAIL=note)
+        self._notifier.ready(status.status_text(self._core))
+
+    def _folder_touched(self) -> None:
+        """From the watcher's thread."""
+        self._mailbox.put(_LookAgain())
+
+    # ------------------------------------------------------------------ workers
+
+    def _start_worker(self, effect: StartWorker) -> None:
+        limits = WorkerLimits(effect.data_bytes, effect.file_bytes)
+        process = self._spawner.spawn(effect.runtime, gpu=effect.gpu, limits=limits, slots=effect.slots)
+        self._workers[effect.worker] = process
+        self._watch(process.data_fd, lambda: self._worker_data(effect.worker, process))
+        self._watch(process.control_fd, lambda: self._worker_control(effect.worker, process))
+
+    def _worker_data(self, worker: int, process: WorkerProcess) -> None:
+        try:
+            packets = process.recv_data()
+        except WorkerGone:
+            self._hung_up(worker, process)
+            return
+        for packet in packets:
+            if packet[0] == "done":
+                self._step(RunDone(worker, packet[1], packet[3], packet[4]))
+            elif packet[0] == "failed":
+                self._step(RunFailed(worker, packet[1], packet[3], packet[4], packet[5]))
+
+    def _worker_control(self, worker: int, process: WorkerProcess) -> None:
+        try:
+            packets = process.recv_control()
+        except WorkerGone:
+            self._hung_up(worker, process)
+            return
+        for packet in packets:
+            match packet:
+                case ["hello", pid, *_]:
+                    self._step(WorkerHello(worker, pid))
+                case ["loaded", instance, info]:
+                    self._step(InstanceLoaded(worker, instance, info))
+                case ["load_failed", instance, code, reason, message]:
+                    self._step(InstanceLoadFailed(worker, instance, code, reason, message))
+
+    def _hung_up(self, worker: int, process: WorkerProcess) -> None:
+        if self._workers.get(worker) is not process:
+            return
+        # What the worker said before it ended is still told, and in its order.
+        with contextlib.suppress(WorkerGone):
+            for packet in process.recv_data():
+                if packet[0] == "done":
+                    self._step(RunDone(worker, packet[1], packet[3], packet[4]))
+                elif packet[0] == "failed":
+                    self._step(RunFailed(worker, packet[1], packet[3], packet[4], packet[5]))
+        self._unwatch(process.data_fd)
+        self._unwatch(process.control_fd)
+        del self._workers[worker]
+        self._reaping.append(_Reaping(worker, process, time.monotonic()))
+        self._reap(time.monotonic())
+
+    def _reap(self, now_s: float) -> None:
+        for reaping in list(self._reaping):
+            how = reaping.process.reap()
+            if how is None:
+                if now_s >= reaping.kill_at_s:
+                    reaping.process.kill()
+                continue
+            self._reaping.remove(reaping)
+            reaping.process.close()
+            self._step(WorkerGoneEvent(reaping.worker, how))
+        for process in list(self._doomed):
+            if process.reap() is not None:
+                self._doomed.remove(process)
+
+    def _tell(self, worker: int, packet: list[Any]) -> None:
+        process = self._workers.get(worker)
+        if process is None:
+            return
+        try:
+            if not process.send_control(packet):
+                process.kill()  # its control thread has not read for hundreds of packets
+        except WorkerGone:
+            self._hung_up(worker, process)
+
+    def _start_run(self, effect: StartRun) -> None:
+        process = self._workers.get(effect.worker)
+        if process is None:
+            return  # It hung up; its end is about to be told, and answers this run.
+        total = sum([aligned(len(tensor.raw)) for tensor in effect.inputs])
+        at, tensors = 0, []
+        try:
+            view = process.arena.slot_view(effect.slot, total)
+            for tensor in effect.inputs:
+                size = len(tensor.raw)
+                view[at : at + size] = tensor.raw
+                tensors.append([tensor.name, tensor.datatype, tensor.shape, at, size])
+                at = aligned(at + size)
+            packet = ["run", effect.run_id, effect.instance, effect.slot, tensors, effect.outputs]
+            if not process.send_run(packet):
+                process.kill()  # two packets outstanding at most: a full socket is a worker gone wrong
+        except ResourceExhausted as e:
+            self._step(RunFailed(effect.worker, effect.run_id, e.code.value, e.reason or "", e.message))
+        except WorkerGone:
+            self._hung_up(effect.worker, process)
+
+    def _send_result(self, effect: SendResult) -> None:
+        process = self._workers[effect.worker]
+        outputs: list[wire.Output] = []
+        try:
+            for row in effect.outputs:
+                if row[2] is None:
+                    outputs.append((row[0], row[1], None, row[5]))
+                else:
+                    outputs.append((row[0], row[1], row[2], process.arena.read(effect.slot, row[3], row[4])))
+        except ArenaBoundsError as e:
+            self._note_bug(f"worker {process.pid} named bytes that it has not: {e}")
+            error = Internal(
+                f"model '{effect.name}': its worker's answer was out of bounds", reason="WORKER_FAULT"
+            )
+            header = {"id": effect.job.request_id, "error": error.to_wire()}
+            self._routers["infer"].send(effect.job.route, [wire.encode(header)])
+            process.kill()
+            return
+        frames = wire.encode_infer_reply(
+            effect.job.request_id, effect.name, effect.version, outputs, effect.parameters
+        )
+        self._routers["infer"].send(effect.job.route, frames)
+
+    def _shrink(self) -> None:
+        for process in self._workers.values():
+            with contextlib.suppress(WorkerGone):
+                process.send_control(["shrink"])
+
+    # ------------------------------------------------------------------ probes and measurements
+
+    def _probe(self, effect: Probe) -> None:
+        probe = self._spawner.probe(effect.runtime, effect.device)
+        self._probes[probe] = time.monotonic() + self._config.devices.probe_timeout_s
+        self._watch(probe.fd, lambda: self._probe_ready(probe, probe.fd))
+
+    def _probe_ready(self, probe: ProbeProcess, fd: int) -> None:
+        # The child closes its end and then exits; until it has, the descriptor stays readable.
+        verdict = probe.result()
+        if verdict is None:
+            return
+        self._fds.pop(fd, None)
+        with contextlib.suppress(OSError):
+            self._epoll.unregister(fd)
+        self._probes.pop(probe, None)
+        self._step(Probed(verdict))
+
+    def _start_measure(self, effect: StartMeasure) -> None:
+        process = self._spawner.spawn_measurer(
+            limits=WorkerLimits(effect.data_bytes, 4 * self._config.limits.message_bytes)
+        )
+        self._measure = (effect.measure, process)
+        self._watch(process.control_fd, lambda: self._measure_ready(effect.measure, process))
+        with contextlib.suppress(WorkerGone):
+            process.send_control(["measure", effect.spec])
+
+    def _measure_ready(self, measure: int, process: WorkerProcess) -> None:
+        try:
+            packets = process.recv_control()
+        except WorkerGone:
+            self._end_measure(process)
+            self._step(Measured(measure, None, process.reap() or "its worker ended"))
+            return
+        for packet in packets:
+            if packet[0] == "measured":
+                self._end_measure(process)
+                self._step(Measured(measure, packet[1]))
+                return
+
+    def _end_measure(self, process: WorkerProcess) -> None:
+        self._measure = None
+        self._unwatch(process.control_fd)
+        process.close()
+        process.kill()
+        self._doomed.append(process)
+
+    def _stop_measure(self, effect: StopMeasure) -> None:
+        if self._measure is not None and self._measure[0] == effect.measure:
+            self._end_measure(self._measure[1])
+
+    # ------------------------------------------------------------------ the folder and the store
+
+    def _scan_task(self) -> list[Event]:
+        self._watcher.check()
+        return [FolderScanned(scan(self._config.server.models), time.time())]
+
+    def _scan(self, effect: Scan) -> None:
+        at_s = time.monotonic() + effect.after_s
+        self._scan_at_s = at_s if self._scan_at_s is None else min(at_s, self._scan_at_s)
+
+    def _stage(self, effect: Stage) -> None:
+        entry, root = effect.entry, self._config.server.models
+
+        def task() -> list[Event]:
+            try:
+                staged = self._store.stage(root, entry)
+            except StoreError as e:
+                again = e.reason in ("CHANGED_WHILE_COPYING", "BEING_WRITTEN", "DISK_FULL")
+                return [StageFailed(entry, e.reason, e.message, again)]
+            return [Staged(entry, staged, self._store.quarantined(staged.digest))]
+
+        self._helper.give(task)
+
+    def _prepare_load(self, effect: PrepareLoad) -> None:
+        def task() -> list[Event]:
+            self._store.begin_attempt(effect.digest)
+            return [LoadPrepared(effect.instance, False, self._store.recall_choice(effect.choice_key))]
+
+        self._helper.give(task)
+
+    def _mark_good(self, effect: MarkGood) -> None:
+        entry, digest = effect.entry, effect.staged.digest
+        settings = entry.settings.to_wire()
+        self._in_store(
+            lambda s: s.mark_good(
+                entry.name, entry.version, digest, entry_format=entry.format, settings_wire=settings
+            )
+        )
+
+    def _in_store(self, call: Callable[[Store], object]) -> None:
+        """A change of the store's books that brings no event."""
+
+        def task() -> list[Event]:
+            call(self._store)
+            return []
+
+        self._helper.give(task)
+
+    # ------------------------------------------------------------------ time
+
+    def _sample(self, now_s: float) -> None:
+        core = self._core
+        self._sample_at_s = now_s + self._config.resources.sample_s
+        core.epoch_offset_s = time.time() - now_s
+        pids = [w.pid for w in core.lifecycle.workers.values() if w.pid is not None]
+        self._step(Sampled(self._sampler.sample(pids)))
+        self._spawner.drain()
+        for probe, until_s in list(self._probes.items()):
+            if now_s >= until_s:
+                probe.kill()
+        nodes, asleep_s = _device_nodes(), _asleep_s()
+        if nodes != self._devices_seen or asleep_s > self._awake_s + 5.0:
+            self._devices_seen = nodes
+            self._step(DevicesChanged())
+        self._awake_s = asleep_s
+        for summary in self._limiter.due(now_s):
+            self._journal.emit("client_misbehaves_count", REASON=str(summary.key), COUNT=summary.count)
+        if self._scan_at_s is None and now_s >= self._rescan_at_s:
+            self._scan_at_s = now_s
+        # The loop came round: that, and nothing else, is what the watchdog is told.
+        self._notifier.watchdog()
+        if now_s >= self._status_at_s:
+            self._status_at_s = now_s + STATUS_S
+            text = status.status_text(core)
+            if text != self._status and core.lifecycle.ready:
+                self._status = text
+                self._notifier.status(text)
+
+    # ------------------------------------------------------------------ effects
+
+    def _effect_table(self) -> dict[type[Effect], Callable[[Any], None]]:
+        return {
+            Reply: lambda e: self._routers[e.socket].send(e.route, [wire.encode(e.header)]),
+            SendResult: self._send_result,
+            StartRun: self._start_run,
+            CancelRun: lambda e: self._tell(e.worker, ["cancel", e.run_id]),
+            StartWorker: self._start_worker,
+            LoadInstance: lambda e: self._tell(e.worker, ["load", e.instance, e.spec]),
+            CancelLoad: lambda e: self._tell(e.worker, ["cancel_load", e.instance]),
+            UnloadInstance: lambda e: self._tell(e.worker, ["unload", e.instance]),
+            EndWorker: lambda e: self._tell(e.worker, ["exit"]),
+            KillWorker: self._kill_worker,
+            ShrinkWorkers: lambda _: self._shrink(),
+            Stage: self._stage,
+            PrepareLoad: self._prepare_load,
+            EndAttempt: lambda e: self._in_store(lambda s: s.end_attempt(e.digest)),
+            MarkGood: self._mark_good,
+            ForgetModel: lambda e: self._in_store(lambda s: s.forget_model(e.name, e.version)),
+            RememberChoice: lambda e: self._in_store(lambda s: s.remember_choice(e.key, e.choice)),
+            Collect: lambda e: self._in_store(lambda s: s.collect(set(e.in_use))),
+            Scan: self._scan,
+            Probe: self._probe,
+            StartMeasure: self._start_measure,
+            StopMeasure: self._stop_measure,
+            Publish: self._publish,
+            Log: self._log,
+            SetLogLevel: lambda e: self._journal.set_level(e.level),
+            Ready: lambda _: self._ready(),
+            Exit: lambda _: self._exit(),
+        }
+
+    def _kill_worker(self, effect: KillWorker) -> None:
+        process = self._workers.get(effect.worker)
+        if process is not None:
+            process.kill()
+
+    def _publish(self, effect: Publish) -> None:
+        effect.payload["time_ns"] = time.time_ns()
+        with contextlib.suppress(zmq.Again):
+            self._events.send_multipart(
+                [effect.topic.encode(), wire.encode(effect.payload)], zmq.NOBLOCK, copy=True
+            )
+
+    def _log(self, effect: Log) -> None:
+        fields = effect.fields
+        if effect.kind == "client_misbehaves":
+            key = f"{fields.get('REASON')} by uid {fields.get('CLIENT_UID')}"
+            if not self._limiter.admit(key, time.monotonic()):
+                return
+        self._journal.emit(effect.kind, **fields)
+
+    def _ready(self) -> None:
+        took_ms = round((time.monotonic() - self._core.started_s) * 1000)
+        self._journal.emit("server_ready", DURATION_MS=took_ms, DETAIL=status.status_text(self._core))
+        self._notifier.ready(status.status_text(self._core))
+
+    def _exit(self) -> None:
+        self._running = False
+
+    # ------------------------------------------------------------------ stopping
+
+    def _stop(self) -> None:
+        """Ends every child; the sockets and locks go with the stack."""
+        if self._measure is not None:
+            self._end_measure(self._measure[1])
+        for probe in self._probes:
+            probe.close()
+        processes = [*self._workers.values(), *[r.process for r in self._reaping], *self._doomed]
+        for process in processes:
+            with contextlib.suppress(WorkerGone):
+                process.send_control(["exit"])
+        self._helper.close(5.0)
+        until_s = time.monotonic() + 1.0
+        while any(p.reap() is None for p in processes):
+            if time.monotonic() >= until_s:
+                for process in processes:
+                    process.kill()
+                until_s += 1.0
+            select.select([], [], [], REAP_S)
+        for process in processes:
+            process.close()
+        self._journal.emit("server_stopped")
+
+
+def _entry_of(good: LastGood) -> Entry:
+    """The entry as it was when it served; the folder may have another by now."""
+    return Entry(good.name, good.explicit_version, good.format, "", "", settings=good.settings)
+
+
+class _LookAgain(Event, frozen=True):
+    """From the watcher: the folder was touched."""
+
+
+def _cpu_name() -> str:
+    """What the processor calls itself; part of the key of remembered choices."""
+    with contextlib.suppress(OSError), open("/proc/cpuinfo", encoding="utf-8", errors="replace") as f:
+        for line in f:
+            if line.startswith(("model name", "Model")):
+                return line.partition(":")[2].strip()
+    return platform.machine()
+
+
+def _device_nodes() -> frozenset[str]:
+    """The device nodes that accelerators come with; a change means that verdicts may be stale."""
+    found: list[str] = []
+    for folder, prefix in (("/dev", "nvidia"), ("/dev/dri", "renderD"), ("/dev/accel", "accel")):
+        with contextlib.suppress(OSError):
+            found += [f"{folder}/{n}" for n in os.listdir(folder) if n.startswith(prefix)]
+    return frozenset(found)
+
+
+def _asleep_s() -> float:
+    """Time that the machine has been suspended; it grows at each resume."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - time.monotonic()
+
+
+def main(config: Config, *, reload: Callable[[], Config]) -> int:
+    """Runs the daemon in the foreground; returns the exit code."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+    journal = Journal(cast(LevelName, config.log.level), config.log.format)
+    try:
+        with Daemon(config, journal=journal, reload=reload) as daemon:
+            daemon.run()
+    except (TransportError, StoreError) as e:
+        journal.emit("server_failed", DETAIL=str(e))
+        return _EXIT_BUSY
+    finally:
+        journal.close()
+    return 0

@@ -1,0 +1,410 @@
+"""What goes into the core and what comes out of it.
+
+Events are what happened (a request arrived, a worker died, a minute passed); effects are what the daemon
+is to do about it (send, start, stage, log). Both are plain frozen values, so a test can write a whole day as
+a list of the first and read off the second.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import msgspec
+
+from edged.config import Config
+from edged.errors import EdgedError
+from edged.messages import Peer, Request, RequestId, Route, TensorData
+from edged.repository import Entry, Snapshot
+from edged.resources import Sample
+from edged.scheduler import Job
+
+__all__ = [
+    "BadMessage",
+    "CancelLoad",
+    "CancelRun",
+    "Collect",
+    "ConfigChanged",
+    "DevicesChanged",
+    "Effect",
+    "EndAttempt",
+    "EndWorker",
+    "Event",
+    "Exit",
+    "FolderScanned",
+    "ForgetModel",
+    "InstanceLoadFailed",
+    "InstanceLoaded",
+    "KillWorker",
+    "LoadInstance",
+    "LoadPrepared",
+    "Log",
+    "MarkGood",
+    "Measured",
+    "PrepareLoad",
+    "Probe",
+    "Probed",
+    "Publish",
+    "Ready",
+    "RememberChoice",
+    "Reply",
+    "RequestArrived",
+    "RunDone",
+    "RunFailed",
+    "Sampled",
+    "Scan",
+    "SendResult",
+    "SetLogLevel",
+    "ShrinkWorkers",
+    "ShutdownAsked",
+    "Stage",
+    "StageFailed",
+    "Staged",
+    "StartMeasure",
+    "StartRun",
+    "StartWorker",
+    "StopMeasure",
+    "Tick",
+    "UnloadInstance",
+    "WorkerGone",
+    "WorkerHello",
+]
+
+
+class Event(msgspec.Struct, frozen=True):
+    """Something that happened."""
+
+
+class RequestArrived(Event, frozen=True):
+    """A message that the wire accepted."""
+
+    route: Route
+    socket: str
+    peer: Peer
+    request: Request
+    frames: Sequence[memoryview] = ()
+
+
+class BadMessage(Event, frozen=True):
+    """A message that the wire refused."""
+
+    route: Route
+    socket: str
+    peer: Peer
+    request_id: RequestId
+    error: EdgedError
+
+
+class RunDone(Event, frozen=True):
+    """A worker has finished a run; `outputs` are its descriptors, in the arena's slot."""
+
+    worker: int
+    run_id: int
+    outputs: list[Any]
+    compute_ns: int
+
+
+class RunFailed(Event, frozen=True):
+    """A worker could not finish a run."""
+
+    worker: int
+    run_id: int
+    code: str
+    reason: str
+    message: str
+
+
+class WorkerHello(Event, frozen=True):
+    """A worker is up."""
+
+    worker: int
+    pid: int
+
+
+class InstanceLoaded(Event, frozen=True):
+    """A worker has loaded, warmed up and proved an instance."""
+
+    worker: int
+    instance: int
+    info: dict[str, Any]
+
+
+class InstanceLoadFailed(Event, frozen=True):
+    """A worker could not load an instance."""
+
+    worker: int
+    instance: int
+    code: str
+    reason: str
+    message: str
+
+
+class WorkerGone(Event, frozen=True):
+    """A worker's process has ended; `how` says how: `exit 0`, `killed by SIGSEGV`."""
+
+    worker: int
+    how: str
+
+
+class FolderScanned(Event, frozen=True):
+    """The models folder was looked at, at `wall_s` seconds since the epoch."""
+
+    snapshot: Snapshot
+    wall_s: float
+
+
+class Staged(Event, frozen=True):
+    """A private copy of an entry is in the store; `version` is its number, `quarantined` its record."""
+
+    entry: Entry
+    staged: Any
+    quarantined: bool
+
+
+class StageFailed(Event, frozen=True):
+    """An entry could not be copied; `again` when it makes sense to look again by itself."""
+
+    entry: Entry
+    reason: str
+    message: str
+    again: bool
+
+
+class LoadPrepared(Event, frozen=True):
+    """The attempt to load is on record; `choice` is what was remembered for this content here."""
+
+    instance: int
+    quarantined: bool
+    choice: dict[str, Any] | None
+
+
+class Probed(Event, frozen=True):
+    """A device's verdict."""
+
+    verdict: Mapping[str, Any]
+
+
+class Measured(Event, frozen=True):
+    """A measurement ended; `result` is None when its worker died (`how`) or was stopped."""
+
+    measure: int
+    result: dict[str, Any] | None
+    how: str = ""
+
+
+class Sampled(Event, frozen=True):
+    """The resource guard's sample."""
+
+    sample: Sample
+
+
+class DevicesChanged(Event, frozen=True):
+    """Device nodes came or went, or the machine slept: verdicts may be stale."""
+
+
+class Tick(Event, frozen=True):
+    """Time has passed."""
+
+
+class ConfigChanged(Event, frozen=True):
+    """A new configuration was read and checked."""
+
+    config: Config
+
+
+class ShutdownAsked(Event, frozen=True):
+    """SIGTERM or SIGINT."""
+
+
+class Effect(msgspec.Struct, frozen=True):
+    """Something to do."""
+
+
+class Reply(Effect, frozen=True):
+    """Send a header."""
+
+    route: Route
+    socket: str
+    header: dict[str, Any]
+
+
+class SendResult(Effect, frozen=True):
+    """Send an inference's outputs, which lie in the worker's slot."""
+
+    job: Job
+    name: str
+    version: str
+    worker: int
+    slot: int
+    outputs: list[Any]
+    parameters: dict[str, Any]
+
+
+class StartRun(Effect, frozen=True):
+    """Put the inputs into a slot and tell the worker to run."""
+
+    worker: int
+    run_id: int
+    instance: int
+    slot: int
+    inputs: list[TensorData]
+    outputs: list[str] | None
+
+
+class CancelRun(Effect, frozen=True):
+    """Ask the runtime to stop."""
+
+    worker: int
+    run_id: int
+
+
+class StartWorker(Effect, frozen=True):
+    """Start a process for a runtime."""
+
+    worker: int
+    runtime: str
+    gpu: bool
+    data_bytes: int | None
+    file_bytes: int
+    slots: int
+
+
+class LoadInstance(Effect, frozen=True):
+    """Tell a worker to load."""
+
+    worker: int
+    instance: int
+    spec: dict[str, Any]
+
+
+class CancelLoad(Effect, frozen=True):
+    """Tell a worker to stop loading."""
+
+    worker: int
+    instance: int
+
+
+class UnloadInstance(Effect, frozen=True):
+    """Tell a worker to forget an instance."""
+
+    worker: int
+    instance: int
+
+
+class EndWorker(Effect, frozen=True):
+    """Tell a worker to exit."""
+
+    worker: int
+
+
+class KillWorker(Effect, frozen=True):
+    """SIGKILL."""
+
+    worker: int
+
+
+class ShrinkWorkers(Effect, frozen=True):
+    """Ask every worker to give memory back, and shrink the arenas."""
+
+
+class Stage(Effect, frozen=True):
+    """Copy an entry into the store."""
+
+    entry: Entry
+
+
+class PrepareLoad(Effect, frozen=True):
+    """Record the attempt and look up what was remembered."""
+
+    instance: int
+    digest: str
+    choice_key: str
+    clear_quarantine: bool = False
+
+
+class EndAttempt(Effect, frozen=True):
+    """The attempt did not take the machine down."""
+
+    digest: str
+
+
+class MarkGood(Effect, frozen=True):
+    """This content served: remember it as the last good."""
+
+    entry: Entry
+    staged: Any
+
+
+class ForgetModel(Effect, frozen=True):
+    """The entry was deleted from a healthy folder."""
+
+    name: str
+    version: int | None
+
+
+class RememberChoice(Effect, frozen=True):
+    """Keep a measured choice in the state directory."""
+
+    key: str
+    choice: dict[str, Any]
+
+
+class Collect(Effect, frozen=True):
+    """Evict from the store what nobody needs."""
+
+    in_use: frozenset[str]
+
+
+class Scan(Effect, frozen=True):
+    """Look at the models folder, after a delay."""
+
+    after_s: float
+
+
+class Probe(Effect, frozen=True):
+    """Probe a device in a child."""
+
+    runtime: str
+    device: str
+
+
+class StartMeasure(Effect, frozen=True):
+    """Measure a candidate against the reference, in a worker of its own."""
+
+    measure: int
+    spec: dict[str, Any]
+    data_bytes: int | None
+
+
+class StopMeasure(Effect, frozen=True):
+    """The device is needed: stop measuring."""
+
+    measure: int
+
+
+class Publish(Effect, frozen=True):
+    """An event for subscribers."""
+
+    topic: str
+    payload: dict[str, Any]
+
+
+class Log(Effect, frozen=True):
+    """A line for the journal; `kind` is a key of its catalog."""
+
+    kind: str
+    fields: dict[str, Any] = {}
+
+
+class SetLogLevel(Effect, frozen=True):
+    """From `log_settings`."""
+
+    level: str
+
+
+class Ready(Effect, frozen=True):
+    """The first scan's models are settled, or `startup_wait` is over."""
+
+
+class Exit(Effect, frozen=True):
+    """Everything is answered: leave the loop."""

@@ -1,0 +1,252 @@
+"""What the daemon tells about itself: the replies of the methods that only read.
+
+Pure: builds maps from the core's state, in the Open Inference Protocol's names where it has some.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+from edged.errors import NotFound
+from edged.lifecycle import Instance, InstanceState, Lifecycle, Track
+from edged.wire import PROTOCOL_VERSIONS
+
+if TYPE_CHECKING:
+    from edged.core import Core
+
+__all__ = [
+    "model_metadata",
+    "model_statistics",
+    "repository_index",
+    "server_metadata",
+    "server_status",
+    "status_text",
+]
+
+EXTENSIONS = ("statistics", "model_repository", "cancel", "events", "logging")
+
+
+def server_metadata(core: Core) -> dict[str, Any]:
+    """Everything that a client must know to talk to this daemon."""
+    return {
+        "name": "edged",
+        "version": core.identity.version,
+        "extensions": list(EXTENSIONS),
+        "protocol_versions": list(PROTOCOL_VERSIONS),
+        "limits": _limits(core),
+        "instance_id": core.identity.instance_id,
+    }
+
+
+def _limits(core: Core) -> dict[str, int]:
+    return dataclasses.asdict(core.config.limits)
+
+
+def model_metadata(lifecycle: Lifecycle, instance: Instance) -> dict[str, Any]:
+    """OIP's model metadata; what the model says of itself comes in `properties`."""
+    versions = sorted(
+        t.serving.version
+        for t in lifecycle.tracks.values()
+        if t.name == instance.name and t.serving is not None and t.serving.admits
+    )
+    return {
+        "name": instance.name,
+        "versions": [str(v) for v in versions],
+        "version": str(instance.version),
+        "platform": f"{instance.info['runtime']}_{instance.entry.format.removeprefix('openvino_')}",
+        "inputs": [spec.to_wire() for spec in instance.inputs.values()],
+        "outputs": [spec.to_wire() for spec in instance.outputs.values()],
+        "properties": dict(instance.info.get("metadata") or {}),
+        "state": instance.oip_state(),
+    }
+
+
+def model_statistics(core: Core, name: str, version: str) -> list[dict[str, Any]]:
+    """One entry for each version that serves; raises NotFound for a model that is not there."""
+    lifecycle = core.lifecycle
+    if name and name not in lifecycle.names():
+        raise NotFound(f"no model '{name[:128]}'", reason="MODEL_NOT_FOUND")
+    return [
+        t.serving.stats.to_wire(t.name, str(t.serving.version))
+        for t in _ordered(lifecycle.tracks.values())
+        if t.serving is not None and name in ("", t.name) and version in ("", str(t.serving.version))
+    ]
+
+
+def repository_index(lifecycle: Lifecycle) -> list[dict[str, str]]:
+    """Every version that is known, with its state and the reason."""
+    rows = []
+    for track in _ordered(lifecycle.tracks.values()):
+        rows += [
+            _index_row(track.name, str(i.version), i.oip_state(), i.message or i.reason)
+            for i in track.instances()
+        ]
+        row = _failure_row(track)
+        if row is not None:
+            rows.append(row)
+    return rows
+
+
+def _failure_row(track: Track) -> dict[str, str] | None:
+    """The row of what does not serve: a refused content beside the one that serves, or nothing at all."""
+    failure = track.failure
+    if failure is not None:
+        version = "" if failure.version is None else str(failure.version)
+        return _index_row(track.name, version, "UNAVAILABLE", f"{failure.reason}: {failure.message}")
+    if track.instances():
+        return None
+    version = "" if track.explicit_version is None else str(track.explicit_version)
+    if track.unloaded:
+        return _index_row(track.name, version, "UNAVAILABLE", "MODEL_UNLOADED: unloaded by request")
+    return _index_row(track.name, version, "LOADING", "being copied into the store")
+
+
+def _index_row(name: str, version: str, state: str, reason: str) -> dict[str, str]:
+    return {"name": name, "version": version, "state": state, "reason": reason}
+
+
+def _ordered(tracks: Iterable[Track]) -> list[Track]:
+    return sorted(tracks, key=lambda t: (t.name, t.explicit_version or 0))
+
+
+def server_status(core: Core, now_s: float) -> dict[str, Any]:
+    """Everything that an operator may want to know."""
+    lifecycle, server = core.lifecycle, core.config.server
+    return {
+        "name": "edged",
+        "version": core.identity.version,
+        "instance_id": core.identity.instance_id,
+        "pid": core.identity.pid,
+        "uptime_s": round(now_s - core.started_s, 3),
+        "state": core.state,
+        "endpoint": server.endpoint,
+        "models_dir": str(server.models),
+        "models_fault": lifecycle.folder_fault or None,
+        "state_dir": str(server.state_dir),
+        "cache_dir": str(server.cache_dir),
+        "devices": [
+            {"runtime": c.runtime, "device": c.device, "status": "probing", "hint": "", "detail": ""}
+            if v is None
+            else v.to_wire()
+            for c, v in lifecycle.verdicts.items()
+        ],
+        "resources": _resources(core),
+        "limits": _limits(core),
+        "models": [row for t in _ordered(lifecycle.tracks.values()) for row in _model_rows(core, t)],
+        "workers": [
+            {
+                "pid": w.pid or 0,
+                "runtime": w.runtime,
+                "device": w.device,
+                "models": sorted(
+                    lifecycle.instances[i].name for i in w.instances if i in lifecycle.instances
+                ),
+                "rss_bytes": w.rss_bytes,
+            }
+            for w in lifecycle.workers.values()
+        ],
+        "measuring": core.chooser.running,
+        "clients": {
+            "connections_with_requests": core.scheduler.clients,
+            "in_flight": core.scheduler.in_flight,
+            "refused": core.counters["refused"],
+        },
+        "counters": dict(core.counters),
+    }
+
+
+def _resources(core: Core) -> dict[str, Any]:
+    guard, sample = core.guard, core.sample
+    return {
+        "level": "OK" if guard is None else guard.level.name,
+        "reasons": [] if guard is None else list(guard.reasons),
+        "free_for_models_bytes": None if guard is None else guard.free_for_models_bytes,
+        "memory_limit_bytes": core.lifecycle.machine.memory_limit_bytes,
+        "sample": None
+        if sample is None
+        else {k: v for k, v in dataclasses.asdict(sample).items() if k != "workers"},
+    }
+
+
+def _model_rows(core: Core, track: Track) -> list[dict[str, Any]]:
+    rows = [_instance_row(core, track, instance) for instance in track.instances()]
+    row = _failure_row(track)
+    if row is not None:
+        failure = track.failure
+        rows.append(
+            {
+                **row,
+                "serving": False,
+                "reason": row["reason"] if failure is None else failure.reason,
+                "message": row["reason"] if failure is None else failure.message,
+                "sha256": "" if failure is None else failure.digest,
+            }
+        )
+    return rows
+
+
+def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any]:
+    lifecycle = core.lifecycle
+    worker = lifecycle.worker_of(instance)
+    candidate, info, stats = instance.candidate, instance.info, instance.stats
+    return {
+        "name": instance.name,
+        "version": str(instance.version),
+        "state": instance.oip_state(),
+        "reason": instance.reason,
+        "message": instance.message,
+        "serving": track.serving is instance and instance.admits,
+        "sha256": instance.staged.digest,
+        "size_bytes": instance.staged.size_bytes,
+        "format": instance.entry.format,
+        "runtime": "" if candidate is None else candidate.runtime,
+        "device": str(info.get("device") or ("" if candidate is None else candidate.device)),
+        "precision": str(info.get("precision", "")),
+        "threads": info.get("threads", 0),
+        "choice": instance.choice,
+        "policy": instance.settings.policy,
+        "fallback_reason": instance.fallback_reason or None,
+        "pid": 0 if worker is None else worker.pid or 0,
+        "rss_bytes": 0 if worker is None else worker.rss_bytes,
+        "queue": core.scheduler.queued(instance.id),
+        "in_flight": core.running(instance),
+        "infer_count": stats.inference_count,
+        "error_count": stats.error_count,
+        "p50_us": stats.histogram.quantile_us(0.5),
+        "restarts": instance.restarts,
+        "load_ms": info.get("load_ms", 0),
+        "measured": [
+            {
+                "runtime": c.runtime,
+                "device": c.device,
+                "p50_us": m.get("candidate_p50_us"),
+                "reference_p50_us": m.get("reference_p50_us"),
+                "agrees": bool(m.get("agrees")),
+                "why": str(m.get("why", "")),
+            }
+            for c, m in instance.measured.items()
+        ],
+    }
+
+
+def status_text(core: Core) -> str:
+    """One line for `systemctl status`."""
+    tracks = core.lifecycle.tracks.values()
+    ready = [t.serving for t in tracks if t.serving is not None and t.serving.state is InstanceState.READY]
+    failed = sum(1 for t in tracks if t.failure is not None)
+    loading = sum(1 for t in tracks if t.incoming is not None)
+    devices = sorted({f"{i.info['runtime']} {i.info['device']}" for i in ready})
+    parts = [f"{len(ready)} model{'' if len(ready) == 1 else 's'} ready"]
+    if devices:
+        parts[0] += f" on {', '.join(devices)}"
+    if loading:
+        parts.append(f"{loading} loading")
+    if failed:
+        parts.append(f"{failed} refused (`edgectl models` says why)")
+    if core.guard is not None and core.guard.level:
+        parts.append(f"pressure {core.guard.level.name}: {'; '.join(core.guard.reasons)}")
+    if core.lifecycle.folder_fault:
+        parts.append(core.lifecycle.folder_fault)
+    return f"{core.state}: {'; '.join(parts)}"

@@ -1,0 +1,248 @@
+"""The ZeroMQ sockets: two ROUTERs that take requests, one PUB that tells events.
+
+Owns the sockets' files (their lock, modes and removal), receiving within bounds, and sending without ever
+waiting: a reply that a slow client has no room for is kept, within a bound, and tried again. Knows frames
+and routes, not what they mean.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import grp
+import os
+import stat
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import zmq
+
+from edged.messages import Peer, Route
+
+__all__ = ["Incoming", "Router", "SocketDir", "TransportError", "bind_events"]
+
+RECEIVE_HWM = 64
+"""Messages that libzmq holds for us of each client; low, since it counts messages and not bytes."""
+
+SEND_HWM = 128
+"""Replies that libzmq holds for each client."""
+
+BACKLOG_BYTES_MAX = 64 * 1024 * 1024
+BACKLOG_REPLIES_MAX = 4096
+"""Replies kept for one client that does not read, before they are dropped."""
+
+PEERS_MAX = 8192
+"""Peers remembered by their route; then the memory starts anew."""
+
+
+class TransportError(Exception):
+    """The sockets cannot be had; the message says what to do."""
+
+
+class SocketDir:
+    """The directory of the sockets, held under a lock for as long as the daemon lives.
+
+    The lock comes first, since a second ZeroMQ bind on a path takes it from its owner without a word.
+    """
+
+    def __init__(self, endpoint: str, *, system: bool) -> None:
+        self.path = Path(endpoint.removeprefix("ipc://")).parent
+        self.infer = f"ipc://{self.path / 'edged.sock'}"
+        self.admin = f"ipc://{self.path / 'admin.sock'}"
+        self.events = f"ipc://{self.path / 'events.sock'}"
+        self._system = system
+        try:
+            self.path.mkdir(mode=0o755 if system else 0o700, parents=True, exist_ok=True)
+            mode = self.path.stat().st_mode
+            if mode & stat.S_IWOTH:
+                raise TransportError(f"{self.path} is writable by everybody; choose a directory that is not")
+            self._lock = os.open(self.path / "edged.lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        except OSError as e:
+            raise TransportError(f"cannot use {self.path} for the sockets: {e.strerror}") from None
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            os.close(self._lock)
+            raise TransportError(
+                f"another edged serves in {self.path}; stop it (`systemctl stop edged`), or give this one "
+                "its own --endpoint and --state-dir"
+            ) from None
+
+    def claim(self, endpoint: str, group: str) -> None:
+        """Gives a bound socket its owner group and mode: the group's for a service, else one user's."""
+        path = endpoint.removeprefix("ipc://")
+        mode = 0o600
+        if self._system:
+            # Without that group, or without the right to give the file to it, the socket stays the owner's.
+            with contextlib.suppress(KeyError, PermissionError):
+                os.chown(path, -1, grp.getgrnam(group).gr_gid)
+                mode = 0o660
+        os.chmod(path, mode)
+
+    def close(self) -> None:
+        """Removes the sockets and gives up the lock, whose file stays: removing it would let two lock two."""
+        for endpoint in (self.infer, self.admin, self.events):
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(endpoint.removeprefix("ipc://"))
+        os.close(self._lock)
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """One message: where the reply goes, who sent it, and its frames without the envelope."""
+
+    route: Route
+    peer: Peer
+    frames: list[Any]
+
+
+@dataclass
+class _Backlog:
+    replies: deque[list[Any]] = field(default_factory=deque)
+    nbytes: int = 0
+
+
+class Router:
+    """A ROUTER on an ipc path. `name` is `infer` or `admin`."""
+
+    def __init__(
+        self, context: zmq.Context[Any], name: str, endpoint: str, *, frame_bytes_max: int, frames_max: int
+    ) -> None:
+        self.name = name
+        self._frames_max = frames_max
+        self._socket = socket = context.socket(zmq.ROUTER)
+        socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+        socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
+        socket.setsockopt(zmq.RCVHWM, RECEIVE_HWM)
+        socket.setsockopt(zmq.SNDHWM, SEND_HWM)
+        socket.setsockopt(zmq.LINGER, 200)
+        umask = os.umask(0o177)
+        try:
+            socket.bind(endpoint)
+        except zmq.ZMQError as e:
+            socket.close(0)
+            raise TransportError(f"cannot bind {endpoint}: {e.strerror}") from None
+        finally:
+            os.umask(umask)
+        self.fd: int = socket.getsockopt(zmq.FD)
+        self._peers: dict[bytes, Peer] = {}
+        self._backlogs: dict[bytes, _Backlog] = {}
+        self.dropped_replies = 0
+
+    def readable(self) -> bool:
+        """Whether a message waits. To be asked before each wait on `fd`, which tells of changes only."""
+        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+
+    def receive(self) -> Incoming | None:
+        """The next message, or None."""
+        socket = self._socket
+        try:
+            identity = socket.recv(zmq.NOBLOCK, copy=False)
+        except zmq.Again:
+            return None
+        frames: list[Any] = []
+        more: bool = identity.more
+        last: Any = identity
+        while more:
+            last = socket.recv(zmq.NOBLOCK, copy=False)
+            more = last.more
+            # Frames beyond the bound are read, so that the socket stays in step, and dropped.
+            if len(frames) < self._frames_max + 4:
+                frames.append(last.buffer)
+        name = identity.bytes
+        route: Route = (name,)
+        if frames and len(frames[0]) == 0:
+            route = (name, b"")
+            del frames[0]
+        elif len(frames) > 1 and len(frames[0]) == 4 and len(frames[1]) == 0:
+            # REQ with REQ_CORRELATE puts a number before its delimiter (zmq_setsockopt(3)).
+            route = (name, bytes(frames[0]), b"")
+            del frames[:2]
+        return Incoming(route, self._peer(name, last), frames)
+
+    def _peer(self, identity: bytes, frame: Any) -> Peer:
+        # A route that libzmq chose (it begins with a zero) is never used again; a client's own may be.
+        peer = self._peers.get(identity)
+        if peer is None:
+            peer = _parse_peer(frame)
+            if identity[:1] == b"\0":
+                if len(self._peers) >= PEERS_MAX:
+                    self._peers.clear()
+                self._peers[identity] = peer
+        return peer
+
+    def send(self, route: Route, frames: Sequence[bytes | memoryview]) -> None:
+        """Sends a reply, now or when the client has room. A client that is gone loses it."""
+        backlog = self._backlogs.get(route[0])
+        if backlog is None and self._try(route, frames):
+            return
+        if backlog is None:
+            backlog = self._backlogs[route[0]] = _Backlog()
+        size = sum([len(f) for f in frames])
+        if backlog.nbytes + size > BACKLOG_BYTES_MAX or len(backlog.replies) >= BACKLOG_REPLIES_MAX:
+            self.dropped_replies += 1
+            return
+        backlog.nbytes += size
+        # The frames may lie in memory that is used again as soon as this returns.
+        backlog.replies.append([*route, *[bytes(f) for f in frames]])
+
+    def _try(self, route: Route, frames: Sequence[bytes | memoryview]) -> bool:
+        try:
+            self._socket.send_multipart([*route, *frames], zmq.NOBLOCK, copy=True)
+        except zmq.Again:
+            return False
+        except zmq.ZMQError as e:
+            if e.errno != errno.EHOSTUNREACH:
+                raise
+        return True
+
+    @property
+    def has_backlog(self) -> bool:
+        """Whether replies wait for slow clients; then `flush` wants to be called now and then."""
+        return bool(self._backlogs)
+
+    def flush(self) -> None:
+        """Tries again to send what slow clients had no room for."""
+        for identity, backlog in list(self._backlogs.items()):
+            while backlog.replies:
+                parts = backlog.replies[0]
+                if not self._try(tuple(parts[:1]), parts[1:]):
+                    break
+                backlog.replies.popleft()
+                backlog.nbytes -= sum([len(p) for p in parts])
+            if not backlog.replies:
+                del self._backlogs[identity]
+
+    def close(self) -> None:
+        """Ends the socket; replies under way have 200 ms."""
+        self._socket.close()
+
+
+def _parse_peer(frame: Any) -> Peer:
+    """`localhost:uid:gid:pid`, which libzmq attaches by SO_PEERCRED to every message on ipc."""
+    try:
+        _, uid, gid, pid = frame.get("Peer-Address").rsplit(":", 3)
+        return Peer(int(uid), int(gid), int(pid))
+    except (zmq.ZMQError, ValueError, AttributeError):
+        return Peer(-1, -1, 0)
+
+
+def bind_events(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:
+    """The PUB socket. A subscriber that does not read loses events; nobody else is slowed."""
+    socket: zmq.Socket[Any] = context.socket(zmq.PUB)
+    socket.setsockopt(zmq.SNDHWM, 1000)
+    socket.setsockopt(zmq.MAXMSGSIZE, 4096)
+    socket.setsockopt(zmq.LINGER, 200)
+    umask = os.umask(0o177)
+    try:
+        socket.bind(endpoint)
+    except zmq.ZMQError as e:
+        socket.close(0)
+        raise TransportError(f"cannot bind {endpoint}: {e.strerror}") from None
+    finally:
+        os.umask(umask)
+    return socket
