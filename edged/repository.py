@@ -461,9 +461,10 @@ class Folder:
         self.settle_s = settle_s
         self._root_id: tuple[int, int] | None = None
         self._known: dict[Key, Entry | None] = {}  # None: expected from an earlier life, not seen yet
-        self._known_at_s: dict[Key, float] = {}
+        self._observation = 0
+        self._known_since: dict[Key, int] = {}  # the observation that reported it
         self._pending: dict[Key, tuple[Entry, float]] = {}
-        self._absent_since_s: dict[Key, float] = {}
+        self._absent_since: dict[Key, tuple[int, float]] = {}  # the observation, and its time
         self._sources: dict[str, str] = {}
         self._refused: tuple[Entry, ...] = ()
 
@@ -491,9 +492,10 @@ class Folder:
         fault = snapshot.fault or self._root_fault(snapshot)
         if fault is not None:
             self._pending.clear()
-            self._absent_since_s.clear()
+            self._absent_since.clear()
             return FolderChanges(fault=fault)
         self._root_id = snapshot.root_id
+        self._observation += 1
         entries, rivals = self._settle_rivalry(snapshot)
         changed, settings_changed = self._changes(entries, now_s, wall_s)
         removed, superseded = self._removals(entries, now_s)
@@ -572,7 +574,7 @@ class Folder:
                 continue
             del self._pending[key]
             self._known[key] = entry
-            self._known_at_s[key] = now_s
+            self._known_since[key] = self._observation
             self._sources[entry.name] = entry.source
             same = known is not None and known.problem is None and known.files == entry.files
             (settings_changed if same and entry.problem is None else changed).append(entry)
@@ -597,24 +599,24 @@ class Folder:
             for each in entries.values()
             if each.problem is not None and each.problem[0] in _PROBLEMS_THAT_KEEP
         }
-        for key in [key for key in self._known if key in self._absent_since_s and key in entries]:
-            del self._absent_since_s[key]
+        for key in [key for key in self._known if key in self._absent_since and key in entries]:
+            del self._absent_since[key]
         for key in [key for key in self._known if key not in entries]:
-            since_s = self._absent_since_s.setdefault(key, now_s)
+            since, since_s = self._absent_since.setdefault(key, (self._observation, now_s))
             if key[0] in undecided or now_s - since_s < self.settle_s:
                 continue
             successors = [other for other in entries if other[0] == key[0]]
-            came = any(self._known_at_s.get(other, -1.0) >= since_s for other in successors)
+            came = any(self._known_since.get(other, -1) >= since for other in successors)
             (superseded if came else removed).append(key)
-            del self._known[key], self._absent_since_s[key]
-            self._known_at_s.pop(key, None)
+            del self._known[key], self._absent_since[key]
+            self._known_since.pop(key, None)
             if not successors:
                 self._sources.pop(key[0], None)
         return tuple(removed), tuple(superseded)
 
     def _recheck_after(self, now_s: float) -> float | None:
         waiting = [since_s for _, since_s in self._pending.values()]
-        waiting += [since_s for since_s in self._absent_since_s.values() if now_s - since_s < self.settle_s]
+        waiting += [since_s for _, since_s in self._absent_since.values() if now_s - since_s < self.settle_s]
         if not waiting:
             return None
         return max(0.01, min(since_s + self.settle_s - now_s for since_s in waiting))

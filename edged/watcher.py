@@ -8,7 +8,6 @@ called, and whoever is notified scans. `check` is called at every rescan and rep
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +24,6 @@ _POLL_S = 5.0
 _STOP_S = 5.0
 _READ_EVENTS = frozenset({"opened", "closed_no_write"})
 """Our own reading makes these; to notify for them would make each scan the cause of the next."""
-
-# watchdog logs what it swallows; the supervisor says what matters itself, in its own words.
-logging.getLogger("watchdog").addHandler(logging.NullHandler())
 
 
 class Watcher:
