@@ -222,7 +222,12 @@ def refuse_dangerous_onnx(path: str) -> None:
     Unsigned native code in an EPContext node, and external data that names a memory address: the first
     would run, the second ends OpenVINO with SIGSEGV.
     """
-    if os.path.getsize(path) == 0:
+    try:
+        size_bytes = os.path.getsize(path)
+    except OSError as e:
+        message = f"the model file cannot be read: {e.strerror}"
+        raise LoadFailed("MODEL_INVALID", message, code=Code.NOT_FOUND) from None
+    if size_bytes == 0:
         raise LoadFailed("MODEL_INVALID", "the model file is empty", code=Code.INVALID_ARGUMENT)
     with Path(path).open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
         if data.find(_EP_CONTEXT_NODE) >= 0:
