@@ -178,10 +178,14 @@ def _typed(name: str, value: Any, datatype: str, shape: Sequence[int] | None) ->
         dtype = dtype_of(datatype)
         if datatype == "BF16":
             array = np.asarray(value, np.float32).astype(dtype) if dtype.kind == "V" else _bf16_bits(value)
+        elif dtype.kind in "iu":
+            given = np.asarray(value)
+            with np.errstate(invalid="ignore"):  # A NaN is found by the comparison.
+                array = given.astype(dtype)
+            if not np.array_equal(array, given):
+                raise ValueError(f"an element does not fit {datatype}")
         else:
             array = np.asarray(value, dtype)
-            if dtype.kind in "iu" and not np.array_equal(array, np.asarray(value)):
-                raise ValueError(f"an element does not fit {datatype}")
     except (ValueError, TypeError, OverflowError) as e:
         raise InvalidArgument(f"input '{name}': not a {datatype} tensor: {e}", reason="BAD_DATA") from None
     if array.ndim == 0 and shape:

@@ -21,7 +21,7 @@ import zmq
 
 from edged import AsyncClient, Client, errors
 from edged.arrays import RawTensor, from_raw, value_to_wire
-from edged.clientwire import infer_request, socket_paths, typed_inputs
+from edged.clientwire import infer_request, read_infer, socket_paths, typed_inputs
 
 LARGE = np.arange(300_000, dtype=np.float32)
 
@@ -623,3 +623,17 @@ def test_async_without_a_daemon(tmp_path: Path) -> None:
             assert all(isinstance(a, errors.Unavailable) for a in answers)
 
     asyncio.run(main())
+
+
+def test_the_protocols_worked_example_is_true() -> None:
+    """The hex in docs/protocol.md decodes to what its margin says, and reads as a result."""
+    text = (Path(__file__).parents[1] / "docs" / "protocol.md").read_text()
+    blocks = [block for block in text.split("```") if block.startswith("\n85")]
+    messages = []
+    for block in blocks:
+        columns = [line[:52] for line in block.splitlines()]
+        messages.append(msgpack.unpackb(bytes.fromhex("".join(columns))))
+    request, reply = messages
+    ours = infer_request("double", {"x": np.float32([1, 2.5])})
+    assert request == {"v": 1, "id": 1, **{k: v for k, v in ours.header.items() if k != "parameters"}}
+    assert read_infer(reply, [])["y"].tolist() == [2.0, 5.0]
