@@ -107,7 +107,7 @@ def bench(session: Session, args: argparse.Namespace) -> int:
         document["bare"] = {"runtime": bare.name, **_figures(samples[bare.name])}
         document["overhead"] = _overhead(samples["edged"], samples[bare.name])
     if many is not None:
-        document["clients"] = {"count": args.clients, **_figures(many)}
+        document["clients"] = {"clients": args.clients, **_figures(many)}
     session.answer(document, _text(document, session))
     return EXIT_OK
 
@@ -425,7 +425,7 @@ def _text(document: Mapping[str, Any], session: Session) -> str:
     if "bare" in document:
         rows.append(_row(document["bare"]["runtime"], document["bare"]))
     if "clients" in document:
-        rows.append(_row(f"edged, {document['clients']['count']} clients", document["clients"]))
+        rows.append(_row(f"edged, {document['clients']['clients']} clients", document["clients"]))
     columns = [
         Column("", flex=True),
         Column("p50", right=True),

@@ -30,7 +30,7 @@ __all__ = [
 WIDTH_MIN = 40
 """Narrower than this nothing is readable; such a terminal gets lines that wrap by themselves."""
 
-_FLEX_MIN = 16
+_FLEX_MIN = 26
 """A column that wraps keeps at least this: shorter lines would cut most words."""
 
 _GAP = "  "
@@ -79,7 +79,7 @@ def clean(value: object) -> str:
 def paint(text: str, role: str | None, terminal: Terminal) -> str:
     """`text` in the colour of `role` (good, warn, bad, dim, strong), where the terminal has colours."""
     code = _COLOURS.get(role or "")
-    return f"\x1b[{code}m{text}\x1b[0m" if code and terminal.colour else text
+    return f"\x1b[{code}m{text}\x1b[0m" if code and text and terminal.colour else text
 
 
 def table(columns: Sequence[Column], rows: Iterable[Sequence[object]], terminal: Terminal) -> str:
