@@ -631,7 +631,7 @@ def test_the_protocols_worked_example_is_true() -> None:
     blocks = [block for block in text.split("```") if block.startswith("\n85")]
     messages = []
     for block in blocks:
-        columns = [line[:52] for line in block.splitlines()]
+        columns = [line.partition("#")[0] for line in block.splitlines()]
         messages.append(msgpack.unpackb(bytes.fromhex("".join(columns))))
     request, reply = messages
     ours = infer_request("double", {"x": np.float32([1, 2.5])})
