@@ -453,10 +453,11 @@ def test_put_wait_says_the_reason_of_a_refusal(
     source = tmp_path / "m.onnx"
     source.write_bytes(b"bad")
     digest = hashlib.sha256(b"bad").hexdigest()
-    peer.models = [model("m", "UNAVAILABLE", sha256=digest, reason="MODEL_INVALID: no graph")]
+    peer.models = [model("m", "UNAVAILABLE", sha256=digest, reason="MODEL_INVALID", message="no graph")]
     code, document = run_json(capsys, "put", str(source), "--wait", "--name", "m")
     assert code == 1
     assert document["outcome"] == "refused"
+    assert document["message"] == "m was refused: MODEL_INVALID: no graph"
     assert document["sha256"] == digest
 
 

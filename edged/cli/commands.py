@@ -19,6 +19,7 @@ from edged.cli.inputs import InputError, json_values, read_inputs
 from edged.cli.publish import NAME
 from edged.cli.session import EXIT_FAILED, EXIT_OK, Failure, Session
 from edged.cli.tables import Column, bytes_text, clean, duration_text, fields, micros_text, paint, table
+from edged.cli.waiting import reason_of
 from edged.errors import PermissionDenied
 from edged.tensors import TensorSpec, shape_text
 
@@ -166,7 +167,8 @@ def _models_table(entries: Sequence[Mapping[str, Any]], session: Session) -> str
                 e.get("error_count"),
                 bytes_text(e.get("rss_bytes")) if e.get("rss_bytes") else None,
             ]
-        row.append("; ".join(str(t) for t in (e.get("reason"), e.get("fallback_reason")) if t))
+        why = reason_of(e) if e.get("reason") or e.get("message") else None
+        row.append("; ".join(str(t) for t in (why, e.get("fallback_reason")) if t))
         rows.append(row)
     return table(columns, rows, session.out)
 

@@ -222,4 +222,5 @@ def _outcome_document(outcome: Outcome) -> dict[str, Any]:
         "version": entry.get("version"),
         "state": entry.get("state"),
         "reason": entry.get("reason"),
+        "reason_message": entry.get("message"),
     }

@@ -13,7 +13,17 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["RECHECK_S", "STALE_AFTER_S", "Goal", "Outcome", "fingerprint", "judge", "merged", "wait_for"]
+__all__ = [
+    "RECHECK_S",
+    "STALE_AFTER_S",
+    "Goal",
+    "Outcome",
+    "fingerprint",
+    "judge",
+    "merged",
+    "reason_of",
+    "wait_for",
+]
 
 RECHECK_S = 2.0
 """A lost event costs at most this; asking costs the daemon well under a millisecond."""
@@ -50,6 +60,12 @@ def fingerprint(entry: Mapping[str, Any]) -> tuple[object, ...]:
     return tuple(entry.get(key) for key in ("version", "sha256", "state", "reason", "load_ms"))
 
 
+def reason_of(entry: Mapping[str, Any]) -> str:
+    """Why an entry is not served: the reason for programs, and the daemon's words where it has any."""
+    reason, message = str(entry.get("reason") or ""), str(entry.get("message") or "")
+    return ": ".join(part for part in (reason, message) if part) or "no reason given"
+
+
 def judge(entries: Sequence[Mapping[str, Any]] | None, goal: Goal, elapsed_s: float) -> Outcome:
     """The outcome as of now; `entries` are the daemon's `models` of every name, None while no daemon is
     there."""
@@ -73,7 +89,7 @@ def judge(entries: Sequence[Mapping[str, Any]] | None, goal: Goal, elapsed_s: fl
     if failed:
         return Outcome(
             "refused",
-            f"{goal.model} was refused: {failed[-1].get('reason') or 'no reason given'}",
+            f"{goal.model} was refused: {reason_of(failed[-1])}",
             failed[-1],
         )
     return _without_content(mine, goal, elapsed_s)
@@ -85,9 +101,7 @@ def _without_content(mine: Sequence[Mapping[str, Any]], goal: Goal, elapsed_s: f
     for entry in unhashed:
         is_new = goal.before is not None and fingerprint(entry) not in goal.before
         if is_new or elapsed_s >= STALE_AFTER_S:
-            return Outcome(
-                "refused", f"{goal.model} was refused: {entry.get('reason') or 'no reason given'}", entry
-            )
+            return Outcome("refused", f"{goal.model} was refused: {reason_of(entry)}", entry)
     serving = next((e for e in mine if e.get("state") == "READY"), None)
     if serving is not None and goal.sha256 is not None:
         digest = str(serving.get("sha256") or "unknown")[:12]
