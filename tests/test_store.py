@@ -1,0 +1,578 @@
+"""The store: exactly what was seen or nothing, durable or not there, and books that survive damage."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import signal
+import stat
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from edged import store as module
+from edged.config import ModelSettings
+from edged.repository import Entry, scan
+from edged.store import Staged, Store, StoreError, is_being_written
+
+REPOSITORY = Path(__file__).parent.parent
+
+
+def put(root: Path, path: str, data: bytes) -> Path:
+    """A file below the root, its directories made."""
+    target = root / path
+    target.parent.mkdir(parents=True, exist_ok=True)
+    target.write_bytes(data)
+    return target
+
+
+def sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def find(root: Path, name: str = "net", version: int | None = None) -> Entry:
+    """The entry as a scan sees it now."""
+    entry = scan(root).entries[name, version]
+    assert entry.problem is None
+    return entry
+
+
+def open_store(
+    tmp_path: Path, *, keep_versions: int = 2, max_bytes: int | None = None, disk_free_min_bytes: int = 0
+) -> Store:
+    return Store(
+        tmp_path / "state",
+        keep_versions=keep_versions,
+        max_bytes=max_bytes,
+        disk_free_min_bytes=disk_free_min_bytes,
+    )
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    path = tmp_path / "models"
+    path.mkdir()
+    return path
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[Store]:
+    with open_store(tmp_path) as store:
+        yield store
+
+
+def stage(store: Store, root: Path, data: bytes, name: str = "net") -> Staged:
+    """NAME.onnx with these bytes, staged."""
+    put(root, f"{name}.onnx", data)
+    return store.stage(root, find(root, name))
+
+
+def mark(store: Store, staged: Staged, name: str = "net", version: int | None = None) -> None:
+    settings = ModelSettings(threads=2).to_wire()
+    store.mark_good(name, version, staged.digest, entry_format="onnx", settings_wire=settings)
+
+
+def refusal(store: Store, root: Path, entry: Entry) -> StoreError:
+    """The error of a stage that must fail, and that must leave nothing behind."""
+    before = contents(store)
+    with pytest.raises(StoreError) as caught:
+        store.stage(root, entry)
+    assert contents(store) == before
+    assert list(store._temporary.iterdir()) == []
+    return caught.value
+
+
+def contents(store: Store) -> set[str]:
+    return {path.name for path in store._contents.iterdir()}
+
+
+# ---- what a copy is
+
+
+def test_a_single_file_is_known_by_its_own_sha256(store: Store, root: Path) -> None:
+    """NAME.onnx and NAME/model.onnx with the same bytes are the same content."""
+    staged = stage(store, root, b"weights")
+    assert staged.digest == sha256(b"weights")
+    assert staged.model_path.read_bytes() == b"weights"
+    assert (staged.size_bytes, staged.version, staged.known_good, staged.golden_dir) == (7, 1, False, None)
+    put(root, "other/model.onnx", b"weights")
+    assert store.stage(root, find(root, "other")).path == staged.path
+
+
+def test_a_bundle_keeps_its_shape(store: Store, root: Path) -> None:
+    """External data and golden samples lie beside the model as they did; any of them changes the content."""
+    put(root, "net/model.onnx", b"graph")
+    put(root, "net/deep/weights.bin", b"1")
+    put(root, "net/golden/0.json", b"{}")
+    put(root, "net/manifest.json", b"theirs")
+    first = store.stage(root, find(root))
+    assert (first.path / "deep/weights.bin").read_bytes() == b"1"
+    assert (first.path / "manifest.json").read_bytes() == b"theirs"
+    assert first.golden_dir == first.path / "golden"
+    put(root, "net/deep/weights.bin", b"2")
+    second = store.stage(root, find(root))
+    assert second.digest != first.digest
+    assert (first.version, second.version) == (1, 2)
+
+
+def test_openvino_ir_is_renamed_together(store: Store, root: Path) -> None:
+    """NAME.xml and NAME.bin stay a pair whatever NAME is, so that the name is no part of the content."""
+    for name in ("a", "b"):
+        put(root, f"{name}.xml", b"<net/>")
+        put(root, f"{name}.bin", b"weights")
+    first, second = (store.stage(root, find(root, name)) for name in ("a", "b"))
+    assert first.path == second.path
+    assert first.model_path.name == "model.xml"
+    assert (first.path / "model.bin").read_bytes() == b"weights"
+
+
+def test_copies_are_private_and_have_one_name(store: Store, root: Path) -> None:
+    """Files are 0440 with one link, directories 0700; a source with many links is copied all the same."""
+    source = put(root, "net.onnx", b"weights")
+    os.link(source, root / ".second-name")
+    staged = store.stage(root, find(root))
+    status = staged.model_path.stat()
+    assert (stat.S_IMODE(status.st_mode), status.st_nlink) == (0o440, 1)
+    assert status.st_ino != source.stat().st_ino
+    for directory in (staged.path, *list(staged.path.parents)[:3]):
+        assert stat.S_IMODE(directory.stat().st_mode) == 0o700
+
+
+def test_the_same_content_is_not_copied_twice(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A new file with old bytes costs reading, not writing, and is no new version."""
+    first = stage(store, root, b"weights")
+
+    def no_copy(*_: object) -> int:
+        raise AssertionError("copied again")
+
+    monkeypatch.setattr(module, "_clone_or_copy", no_copy)
+    assert stage(store, root, b"weights") == first
+
+
+def test_a_copy_with_a_second_name_or_another_size_is_made_anew(store: Store, root: Path) -> None:
+    """What is no longer ours alone, or was cut, is not trusted."""
+    staged = stage(store, root, b"weights")
+    inode = staged.model_path.stat().st_ino
+    os.link(staged.model_path, root.parent / "second-name")
+    assert stage(store, root, b"weights").model_path.stat().st_ino != inode
+    staged.model_path.chmod(0o640)
+    os.truncate(staged.model_path, 3)
+    assert stage(store, root, b"weights").model_path.read_bytes() == b"weights"
+
+
+def test_verify_reads_every_byte(store: Store, root: Path) -> None:
+    """A copy whose bytes changed under the same size is found by reading it."""
+    staged = stage(store, root, b"weights")
+    assert store.verify(staged.digest)
+    staged.model_path.chmod(0o640)
+    staged.model_path.write_bytes(b"wEights")
+    assert not store.verify(staged.digest)
+    assert not store.verify("0" * 64)
+
+
+@pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
+def test_copies_by_hand_where_the_kernel_cannot(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Without reflinks and copy_file_range the bytes arrive all the same."""
+
+    def refuse(*_: object) -> int:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(module.os, "copy_file_range", refuse)
+    data = os.urandom(3 << 20)
+    assert stage(store, root, data).digest == sha256(data)
+
+
+# ---- files that are not at rest
+
+
+def test_a_file_that_is_open_for_writing_is_not_taken(store: Store, root: Path) -> None:
+    """While a writer has it open the copy is refused as BEING_WRITTEN; afterwards it is taken."""
+    path = put(root, "net.onnx", b"half")
+    with open(path, "ab"):
+        assert refusal(store, root, find(root)).reason == "BEING_WRITTEN"
+    assert store.stage(root, find(root)).digest == sha256(b"half")
+
+
+def test_a_writer_is_seen_and_never_made_to_wait(root: Path) -> None:
+    """The lease is given back at once: a writer that comes afterwards opens without waiting."""
+    path = put(root, "net.onnx", b"x")
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        assert not is_being_written(descriptor)
+        assert fcntl.fcntl(descriptor, fcntl.F_GETLEASE) == fcntl.F_UNLCK
+        with open(path, "ab"):
+            assert is_being_written(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda path: path.write_bytes(b"other"),
+        lambda path: path.write_bytes(b"a longer one"),
+        lambda path: os.truncate(path, 2),
+        lambda path: (path.with_name("new").write_bytes(b"other"), os.rename(path.with_name("new"), path)),
+        lambda path: path.unlink(),
+    ],
+    ids=["overwritten", "longer", "cut", "replaced", "removed"],
+)
+@pytest.mark.parametrize("moment", ["before", "while"])
+def test_what_changes_around_copying_is_refused(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch, change: Callable[[Path], object], moment: str
+) -> None:
+    """Before the copy or in the middle of it: what is not what was seen is CHANGED_WHILE_COPYING."""
+    path = put(root, "net/model.onnx", b"first")
+    put(root, "net/weights.bin", b"data")
+    entry = find(root)
+    copy = module._clone_or_copy
+
+    def copy_then_change(source: int, target: int, size_bytes: int) -> int:
+        copied_bytes = copy(source, target, size_bytes)
+        if size_bytes == len(b"data"):  # the second file of the bundle
+            change(path)
+        return copied_bytes
+
+    if moment == "before":
+        change(path)
+    else:
+        monkeypatch.setattr(module, "_clone_or_copy", copy_then_change)
+    assert refusal(store, root, entry).reason == "CHANGED_WHILE_COPYING"
+
+
+def test_a_link_turned_outwards_after_the_scan_is_refused(store: Store, root: Path) -> None:
+    """What is opened is judged by where it really lies, and a pipe does not hold the store up."""
+    path = put(root, "net.onnx", b"x")
+    entry = find(root)
+    path.unlink()
+    os.symlink("/etc/passwd", path)
+    assert refusal(store, root, entry).reason == "UNSAFE_FILE"
+    path.unlink()
+    os.mkfifo(path)
+    assert refusal(store, root, entry).reason == "UNSAFE_FILE"
+
+
+# ---- sums
+
+
+def test_sums_tell_a_stalled_copy_from_a_finished_one(store: Store, root: Path) -> None:
+    """A bundle with SHA256SUMS is taken only when every file is named, there, and as it says."""
+
+    def sums(**files: bytes) -> None:
+        lines = [f"{sha256(data)}  {name.replace('_', '.', 1)}\n" for name, data in files.items()]
+        put(root, "net/SHA256SUMS", "".join(lines).encode())
+
+    put(root, "net/model.onnx", b"gra")
+    sums(model_onnx=b"graph", weights_bin=b"w")
+    assert refusal(store, root, find(root)).reason == "CHECKSUM_MISMATCH"
+    put(root, "net/model.onnx", b"graph")
+    assert "not there" in refusal(store, root, find(root)).message
+    put(root, "net/weights.bin", b"w")
+    staged = store.stage(root, find(root))
+    assert not (staged.path / "SHA256SUMS").exists()
+    put(root, "net/more.bin", b"m")
+    assert "not named" in refusal(store, root, find(root)).message
+    (root / "net/more.bin").unlink()
+    sums(model_onnx=b"other", weights_bin=b"w")
+    assert refusal(store, root, find(root)).reason == "CHECKSUM_MISMATCH"
+    put(root, "net/SHA256SUMS", b"nonsense\n")
+    assert "line 1" in refusal(store, root, find(root)).message
+
+
+def test_sums_do_not_change_the_content(store: Store, root: Path) -> None:
+    """With and without SHA256SUMS, and with sums that name the settings, the content is the same."""
+    put(root, "net/model.onnx", b"graph")
+    bare = store.stage(root, find(root))
+    put(root, "net/model.toml", b"threads = 1\n")
+    lines = f"{sha256(b'graph')} *./model.onnx\n{sha256(b'threads = 1' + bytes([10]))}  model.toml\n"
+    put(root, "net/SHA256SUMS", lines.encode())
+    assert store.stage(root, find(root)) == bare
+    put(root, "net/model.toml", b"threads = 2\n")
+    assert refusal(store, root, find(root)).reason == "CHECKSUM_MISMATCH"
+
+
+# ---- room
+
+
+def test_too_little_room_is_refused_with_figures(tmp_path: Path, root: Path) -> None:
+    """Before anything is copied: needed and free bytes are in the message."""
+    with open_store(tmp_path, disk_free_min_bytes=1 << 60) as store:
+        put(root, "net.onnx", b"x" * 1234)
+        error = refusal(store, root, find(root))
+    assert error.reason == "DISK_FULL"
+    assert "1234 bytes are needed" in error.message
+    assert "are free" in error.message
+
+
+def test_a_disk_that_fills_while_copying_leaves_nothing(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """ENOSPC in the middle is DISK_FULL, and the half copy is gone."""
+    copy = module._clone_or_copy
+
+    def fill(source: int, target: int, size_bytes: int) -> int:
+        copy(source, target, size_bytes // 2)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module, "_clone_or_copy", fill)
+    put(root, "net.onnx", b"x" * 4096)
+    assert refusal(store, root, find(root)).reason == "DISK_FULL"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to mount a small tmpfs")
+def test_a_disk_that_really_is_full(tmp_path: Path, root: Path) -> None:
+    """On a file system of one megabyte, a model of two is refused and a small one still staged."""
+    (tmp_path / "state").mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=1m", "none", tmp_path / "state"],
+        capture_output=True,
+        check=False,
+    )
+    if mounted.returncode != 0:
+        pytest.skip("may not mount here")
+    try:
+        with open_store(tmp_path) as store:
+            put(root, "net.onnx", os.urandom(2 << 20))
+            assert refusal(store, root, find(root)).reason == "DISK_FULL"
+            assert stage(store, root, b"small", "small").digest == sha256(b"small")
+    finally:
+        subprocess.run(["umount", tmp_path / "state"], check=True)
+
+
+def test_the_quota_evicts_the_old_and_never_what_serves(tmp_path: Path, root: Path) -> None:
+    """[store] max_bytes makes room by evicting, refuses what can never fit, and keeps the last good."""
+    with open_store(tmp_path, max_bytes=2500 + (1 << 20)) as store:
+        big = (1 << 20) - 1000
+        good = stage(store, root, b"g" * 2000, "good")
+        mark(store, good, "good")
+        old = stage(store, root, b"o" * big)
+        store.collect(set())
+        stage(store, root, b"n" * big)
+        assert contents(store) == {good.digest, sha256(b"n" * big)}
+        assert old.digest not in contents(store)
+        put(root, "net.onnx", b"m" * big)
+        assert refusal(store, root, find(root)).reason == "STORE_FULL"  # the newest may be loading
+        put(root, "net.onnx", b"h" * (1 << 21))
+        assert refusal(store, root, find(root)).reason == "TOO_LARGE"
+
+
+def test_collect_keeps_what_serves_what_was_good_and_the_newest(tmp_path: Path, root: Path) -> None:
+    """Everything else goes, whatever the order of use."""
+    with open_store(tmp_path, keep_versions=2) as store:
+        staged = [stage(store, root, bytes([number])) for number in range(6)]
+        mark(store, staged[1])
+        store.collect({staged[0].digest})
+        assert contents(store) == {staged[number].digest for number in (0, 1, 4, 5)}
+        store.collect(set())
+        assert contents(store) == {staged[number].digest for number in (1, 4, 5)}
+        store.forget_model("net", None)
+        store.collect(set())
+        assert contents(store) == set()
+
+
+# ---- versions and what was good
+
+
+def test_each_new_content_has_the_next_number(tmp_path: Path, root: Path) -> None:
+    """Numbers grow by one, survive restarts and removal, and the same bytes have the same number."""
+    with open_store(tmp_path) as store:
+        assert [stage(store, root, data).version for data in (b"a", b"b", b"a")] == [1, 2, 1]
+        store.forget_model("net", None)
+        store.collect(set())
+    with open_store(tmp_path) as store:
+        assert [stage(store, root, data).version for data in (b"c", b"b")] == [3, 2]
+        put(root, "numbered/7/model.onnx", b"c")
+        assert store.stage(root, find(root, "numbered", 7)).version == 7
+
+
+def test_the_last_good_content_serves_after_a_restart(tmp_path: Path, root: Path) -> None:
+    """What was marked good comes back with its settings, not what was staged since."""
+    with open_store(tmp_path) as store:
+        good = stage(store, root, b"good")
+        mark(store, good)
+        stage(store, root, b"bad")
+        put(root, "numbered/7/model.onnx", b"seven")
+        mark(store, store.stage(root, find(root, "numbered", 7)), "numbered", 7)
+    with open_store(tmp_path) as store:
+        first, second = store.last_good()
+        assert (first.name, first.version, first.explicit_version, first.format) == ("net", 1, None, "onnx")
+        assert first.settings == ModelSettings(threads=2)
+        assert first.staged.known_good
+        assert first.staged.model_path.read_bytes() == b"good"
+        assert (second.name, second.version, second.explicit_version) == ("numbered", 7, 7)
+        assert stage(store, root, b"good").known_good
+        store.forget_model("net", None)
+        assert [last.name for last in store.last_good()] == ["numbered"]
+
+
+def test_a_damaged_last_good_copy_is_said_and_left_out(tmp_path: Path, root: Path) -> None:
+    """A copy that lost a file does not serve, and a notice says so."""
+    with open_store(tmp_path) as store:
+        staged = stage(store, root, b"good")
+        mark(store, staged)
+    staged.model_path.unlink()
+    with open_store(tmp_path) as store:
+        assert store.last_good() == []
+        assert "net is damaged" in store.notices[0]
+
+
+# ---- books
+
+
+@pytest.mark.parametrize("damage", [b"", b"{", b"[]", b'{"net": "x"}', b"\xff\xfe", b"[" * 100_000])
+def test_a_damaged_book_is_set_aside_and_said(tmp_path: Path, root: Path, damage: bytes) -> None:
+    """No damage keeps the daemon from starting; the damaged book stays for whoever wants to look."""
+    with open_store(tmp_path) as store:
+        mark(store, stage(store, root, b"x"))
+    for book in ("models", "attempts", "choices"):
+        (tmp_path / "state" / "store" / f"{book}.json").write_bytes(damage)
+    with open_store(tmp_path) as store:
+        assert len(store.notices) == 3
+        assert (tmp_path / "state" / "store" / "models.damaged").read_bytes() == damage
+        assert stage(store, root, b"x").version == 1
+
+
+def test_a_book_is_replaced_whole(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """When a sync fails the old book stays as it was and the new one is dropped."""
+    store.remember_choice("key", {"runtime": "openvino"})
+    book = store._root / "choices.json"
+    before = book.read_bytes()
+
+    def fail(_: int) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(module.os, "fsync", fail)
+    with pytest.raises(StoreError, match="STORE_FAILED"):
+        store.remember_choice("other", {})
+    assert book.read_bytes() == before
+    assert not list(store._root.glob(".*"))
+
+
+def test_choices_are_remembered_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is used stays, the longest unused goes, and all survive a restart."""
+    monkeypatch.setattr(module, "_CHOICES_MAX", 3)
+    with open_store(tmp_path) as store:
+        for key in ("a", "b", "c"):
+            store.remember_choice(key, {"key": key})
+        assert store.recall_choice("a") == {"key": "a"}
+        store.remember_choice("d", {"key": "d"})
+    with open_store(tmp_path) as store:
+        assert store.recall_choice("b") is None
+        assert [store.recall_choice(key) for key in "acd"] == [{"key": key} for key in "acd"]
+
+
+def test_two_interrupted_attempts_quarantine_a_content(tmp_path: Path) -> None:
+    """One crash may have been the power; after the second the content waits until someone asks."""
+    digest = "a" * 64
+    program = (
+        "import os, sys, signal, pathlib, edged.store as s\n"
+        "store = s.Store(pathlib.Path(sys.argv[1]), keep_versions=1, max_bytes=None, disk_free_min_bytes=0)\n"
+        f"print(store.begin_attempt('{digest}'), store.begin_attempt('{digest}'), flush=True)\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for earlier in (0, 1):
+        with open_store(tmp_path) as store:
+            assert not store.quarantined(digest)
+        done = subprocess.run(
+            [sys.executable, "-c", program, tmp_path / "state"],
+            capture_output=True,
+            text=True,
+            cwd=REPOSITORY,
+        )
+        assert (done.returncode, done.stdout) == (-signal.SIGKILL, f"{earlier} {earlier}\n")
+    with open_store(tmp_path) as store:
+        assert store.quarantined(digest)
+        store.clear_quarantine(digest)
+        assert not store.quarantined(digest)
+    with open_store(tmp_path) as store:
+        assert not store.quarantined(digest)
+
+
+def test_an_attempt_that_ends_or_a_clean_stop_counts_for_nothing(tmp_path: Path) -> None:
+    """A load that failed, and a stop in the middle of a load, are no crashes."""
+    for _ in range(3):
+        with open_store(tmp_path) as store:
+            assert store.begin_attempt("a" * 64) == 0
+            store.end_attempt("a" * 64)
+            assert store.begin_attempt("b" * 64) == 0
+            assert store.begin_attempt("b" * 64) == 0
+
+
+# ---- one owner, and sudden death
+
+
+def test_a_state_directory_has_one_owner(tmp_path: Path) -> None:
+    """A second daemon is refused with the process of the first; after its end the directory is free."""
+    with open_store(tmp_path):
+        with pytest.raises(StoreError, match=str(os.getpid())) as caught:
+            open_store(tmp_path)
+        assert caught.value.reason == "STATE_DIR_BUSY"
+    open_store(tmp_path).close()
+
+
+def test_a_state_directory_that_cannot_be_is_an_error_in_words(tmp_path: Path) -> None:
+    """A file in its place is STATE_DIR_UNUSABLE."""
+    put(tmp_path, "state", b"")
+    with pytest.raises(StoreError) as caught:
+        open_store(tmp_path)
+    assert caught.value.reason == "STATE_DIR_UNUSABLE"
+
+
+@pytest.mark.parametrize("step", ["_copy_file", "_sync_directory", "rename", "_bundle_digest", "replace"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_any_step_of_publishing(tmp_path: Path, root: Path, step: str, when: str) -> None:
+    """After kill -9 anywhere the next start finds a whole copy or none, and no litter."""
+    put(root, "net/model.onnx", b"graph")
+    put(root, "net/weights.bin", b"w" * 100_000)
+    program = f"""
+import os, signal, sys, pathlib
+import edged.store as s
+from edged.repository import scan
+owner = os if hasattr(os, "{step}") else s
+real = getattr(owner, "{step}")
+def deadly(*args, **kwargs):
+    if "{when}" == "after":
+        real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+state, root = map(pathlib.Path, sys.argv[1:])
+store = s.Store(state, keep_versions=1, max_bytes=None, disk_free_min_bytes=0)
+setattr(owner, "{step}", deadly)
+store.stage(root, scan(root).entries["net", None])
+"""
+    command = [sys.executable, "-c", program, tmp_path / "state", root]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with open_store(tmp_path) as store:
+        assert store.notices == ()
+        assert list(store._temporary.iterdir()) == []
+        assert all(store.verify(digest) for digest in contents(store))
+        staged = store.stage(root, find(root))
+        assert store.verify(staged.digest)
+        assert staged.version == 1
+        store.collect(set())
+        assert contents(store) == {staged.digest}
+        assert json.loads((store._root / "models.json").read_bytes()).keys() == {"net"}
+
+
+def test_an_unusable_source_is_said_not_raised(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An error of the source's disk is a StoreError like any other."""
+    put(root, "net.onnx", b"x")
+    entry = find(root)
+
+    def fail(*_: object) -> int:
+        raise OSError(errno.EIO, "Input/output error")
+
+    monkeypatch.setattr(module, "open_regular", fail)
+    assert refusal(store, root, entry).reason == "UNREADABLE"
