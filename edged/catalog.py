@@ -206,14 +206,20 @@ _EVENTS: dict[str, Event] = {
         "5e0e08816ea4486ab53a5c43c1da7e94",
         "warning",
         "A worker process is started again",
-        "DELAY_MS is the pause before it, which grows with each crash in a row. Nothing to do unless it "
+        "DURATION_MS is the pause before it, which grows with each crash in a row. Nothing to do unless it "
         "goes on.",
+    ),
+    "worker_restarted": Event(
+        "d0a8d345dcfa43c4952d5ab952eeb1b7",
+        "info",
+        "A model serves again after its worker died",
+        "DURATION_MS is how long the load took. Nothing to do.",
     ),
     "worker_over_budget": Event(
         "49c0ac6c60484c4dad1406caedd85ee1",
         "error",
         "A worker process used more memory than its budget and was ended",
-        "RSS_BYTES exceeded BUDGET_BYTES. Raise memory_max in the model's settings if the model needs "
+        "REASON has the figure. Raise memory_max in the model's settings if the model needs "
         "that much; otherwise it leaks, and the restart has cured it for now.",
     ),
     "template_crashed": Event(

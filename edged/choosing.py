@@ -15,7 +15,8 @@ from typing import Any
 
 from edged.devices import Candidate, plan
 from edged.events import Effect, Log, RememberChoice, StartMeasure, StopMeasure
-from edged.lifecycle import Instance, InstanceState, Lifecycle
+from edged.instances import Instance, InstanceState
+from edged.lifecycle import Lifecycle
 
 __all__ = ["Chooser"]
 

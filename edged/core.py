@@ -59,7 +59,8 @@ from edged.events import (
     WorkerGone,
     WorkerHello,
 )
-from edged.lifecycle import Instance, InstanceState, Lifecycle, Machine, Worker
+from edged.instances import Instance, InstanceState, Machine, Worker
+from edged.lifecycle import RUN_HUNG, Lifecycle
 from edged.messages import RequestId, Route, TensorData
 from edged.scheduler import Job, JobState, Scheduler
 from edged.tensors import check_shape, shape_text
@@ -506,7 +507,7 @@ class Core:
         due = math.inf
         for run_id, run in list(self._runs.items()):
             if now_s >= run.kill_at_s:
-                self.lifecycle.kill_worker(run.worker.id, "a run did not stop when told to", now_s)
+                self.lifecycle.kill_worker(run.worker.id, RUN_HUNG, now_s)
                 run.kill_at_s = math.inf
             elif now_s >= run.stop_at_s:
                 run.stop_at_s, run.kill_at_s = math.inf, now_s + RUN_GRACE_S
@@ -596,9 +597,9 @@ class Core:
         before = self.guard
         guard = self.guard = resources.judge(sample, limits, budgets=budgets, previous=before)
         if guard.level != (before.level if before is not None else resources.Level.OK):
-            self._out.append(
-                Log("pressure_changed", {"REASON": guard.level.name, "DETAIL": "; ".join(guard.reasons)})
-            )
+            eased = before is not None and guard.level < before.level
+            kind = "pressure_eased" if eased else "pressure_changed"
+            self._out.append(Log(kind, {"LEVEL": guard.level.name, "REASON": "; ".join(guard.reasons)}))
             payload = {"level": guard.level.name, "reasons": list(guard.reasons)}
             self._emit(Publish("resource.pressure", payload))
             if guard.level >= resources.Level.SHRINK:

@@ -81,8 +81,8 @@ from edged.events import (
 )
 from edged.events import WorkerGone as WorkerGoneEvent
 from edged.helper import Helper, Mailbox
+from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
-from edged.lifecycle import Machine
 from edged.process import ProbeProcess, Spawner, WorkerGone, WorkerLimits, WorkerProcess
 from edged.repository import Entry, scan
 from edged.store import LastGood, Store, StoreError
@@ -197,6 +197,7 @@ class Daemon:
         self._helper = Helper("store", self._mailbox, self._note_bug)
         self._watcher = Watcher(config.server.models, self._folder_touched)
         self._watcher.start()
+        self._watcher_fault: str | None = None
         stack.callback(self._watcher.stop)
         self._sample_at_s = now_s
         self._rescan_at_s = now_s + config.loading.rescan_s
@@ -595,6 +596,10 @@ class Daemon:
 
     def _scan_task(self) -> list[Event]:
         self._watcher.check()
+        fault = self._watcher.fault
+        if fault is not None and fault != self._watcher_fault:
+            self._journal.emit("folder_polled", REASON=fault)
+        self._watcher_fault = fault
         return [FolderScanned(scan(self._config.server.models), time.time())]
 
     def _scan(self, effect: Scan) -> None:
@@ -658,6 +663,10 @@ class Daemon:
         self._awake_s = asleep_s
         for summary in self._limiter.due(now_s):
             self._journal.emit("client_misbehaves_count", REASON=str(summary.key), COUNT=summary.count)
+        for router in self._routers.values():
+            if router.dropped_replies:
+                self._journal.emit("client_slow", COUNT=router.dropped_replies)
+                router.dropped_replies = 0
         if self._scan_at_s is None and now_s >= self._rescan_at_s:
             self._scan_at_s = now_s
         # The loop came round: that, and nothing else, is what the watchdog is told.
@@ -697,7 +706,7 @@ class Daemon:
             StopMeasure: self._stop_measure,
             Publish: self._publish,
             Log: self._log,
-            SetLogLevel: lambda e: self._journal.set_level(e.level),
+            SetLogLevel: self._set_log_level,
             Ready: lambda _: self._ready(),
             Exit: lambda _: self._exit(),
         }
@@ -721,6 +730,10 @@ class Daemon:
             if not self._limiter.admit(key, time.monotonic()):
                 return
         self._journal.emit(effect.kind, **fields)
+
+    def _set_log_level(self, effect: SetLogLevel) -> None:
+        self._journal.set_level(cast(LevelName, effect.level))
+        self._journal.emit("log_level_changed", LEVEL=effect.level)
 
     def _ready(self) -> None:
         took_ms = round((time.monotonic() - self._core.started_s) * 1000)

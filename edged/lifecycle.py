@@ -5,7 +5,7 @@ Pure: takes events and the time, emits effects. The parts and their words:
 - A *track* is what one entry of the folder stands for, for as long as the entry is there. It points to the
   instance that serves and, beside it, to the one that is on its way in. Traffic moves from one to the
   other in a single assignment; until then, and for good when the new one fails, the old one serves.
-- An *instance* is one content, under one set of settings, on one device. It lives by the table `MOVES`; every
+- An *instance* is one content, under one set of settings, on one device. It lives by the table `instances.MOVES`; every
   state carries a reason.
 - A *worker* is a process. CPU instances have one each; GPU-like devices, and models that ask for it, share.
 
@@ -16,9 +16,7 @@ while that is a matter of moments.
 
 from __future__ import annotations
 
-import enum
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from edged import resources
@@ -45,14 +43,11 @@ from edged.events import (
     StartWorker,
     UnloadInstance,
 )
+from edged.instances import SLOTS_PER_WORKER, Failure, Instance, InstanceState, Machine, Track, Worker
 from edged.repository import Entry, Folder, Snapshot
-from edged.statistics import ModelStatistics
 from edged.tensors import TensorSpec
 
-__all__ = ["MOVES", "Hooks", "Instance", "InstanceState", "Lifecycle", "Machine", "Track", "Worker"]
-
-SLOTS_PER_WORKER = 2
-"""Requests that a worker has at once: one that runs, one that waits at the socket so that none idles."""
+__all__ = ["Hooks", "Lifecycle"]
 
 PROBE_WAIT_S = 2.0
 """How long the first loads wait for a better device's verdict before they start on one that works."""
@@ -69,6 +64,8 @@ BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 60.0
 STABLE_S = 60.0
 """A worker that served this long has recovered; the next crash is a first one again."""
 
+RUN_HUNG = "a run did not stop when told to"
+
 MEMORY_RETRY_S = 5.0
 """How often a load that was refused for memory is considered again."""
 
@@ -77,179 +74,6 @@ _PASSING = frozenset({"CHANGED_WHILE_COPYING", "BEING_WRITTEN"})
 
 STAGE_RETRY_S = 2.0
 """How soon an entry is looked at again whose copy was disturbed."""
-
-
-class InstanceState(enum.Enum):
-    """Where an instance is on its way."""
-
-    WAITING = "waiting for its turn to load"
-    PREPARING = "about to load"
-    LOADING = "loading"
-    READY = "ready"
-    RESTARTING = "restarting"
-    DRAINING = "finishing its last requests"
-    FAILED = "failed"
-    GONE = "gone"
-
-
-_S = InstanceState
-MOVES: dict[InstanceState, frozenset[InstanceState]] = {
-    _S.WAITING: frozenset({_S.PREPARING, _S.FAILED, _S.GONE}),
-    _S.PREPARING: frozenset({_S.LOADING, _S.FAILED, _S.GONE}),
-    _S.LOADING: frozenset({_S.LOADING, _S.READY, _S.RESTARTING, _S.FAILED, _S.DRAINING, _S.GONE}),
-    _S.READY: frozenset({_S.RESTARTING, _S.DRAINING}),
-    _S.RESTARTING: frozenset({_S.LOADING, _S.RESTARTING, _S.DRAINING}),
-    _S.DRAINING: frozenset({_S.GONE}),
-    _S.FAILED: frozenset({_S.GONE}),
-    _S.GONE: frozenset(),
-}
-"""The state table; a move that is not in it is a bug."""
-
-_OIP_STATE = {
-    _S.WAITING: "LOADING",
-    _S.PREPARING: "LOADING",
-    _S.LOADING: "LOADING",
-    _S.READY: "READY",
-    _S.RESTARTING: "UNAVAILABLE",
-    _S.DRAINING: "UNLOADING",
-    _S.FAILED: "UNAVAILABLE",
-    _S.GONE: "UNAVAILABLE",
-}
-
-
-@dataclass(frozen=True)
-class Machine:
-    """What the choice of a device depends on, beside the devices."""
-
-    name: str
-    cpus: int
-    memory_limit_bytes: int
-
-
-@dataclass(frozen=True)
-class Failure:
-    """Why a content does not serve."""
-
-    reason: str
-    message: str
-    digest: str = ""
-    version: int | None = None
-    settings: ModelSettings | None = None
-
-
-@dataclass(eq=False)
-class Worker:
-    """A process that runs instances."""
-
-    id: int
-    runtime: str
-    device: str
-    shared: bool
-    instances: set[int] = field(default_factory=set)
-    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS_PER_WORKER)))
-    pid: int | None = None
-    rss_bytes: int = 0
-    memory_max_bytes: int | None = None
-    kill_at_s: float | None = None
-    """Set when it was asked to exit."""
-    killed_for: str = ""
-    """Why the daemon itself killed it."""
-
-
-@dataclass(eq=False)
-class Instance:
-    """One content under one set of settings."""
-
-    id: int
-    track: Track
-    entry: Entry
-    staged: Any
-    settings: ModelSettings
-    state: InstanceState = InstanceState.WAITING
-    reason: str = ""
-    message: str = ""
-    preferred: Candidate | None = None
-    choice: str = "default"
-    plan: tuple[Candidate, ...] = ()
-    fallback_reason: str = ""
-    errors: list[tuple[Candidate, str, str]] = field(default_factory=list)
-    worker: int | None = None
-    info: dict[str, Any] = field(default_factory=dict)
-    inputs: dict[str, TensorSpec] = field(default_factory=dict)
-    outputs: dict[str, TensorSpec] = field(default_factory=dict)
-    required: frozenset[str] = frozenset()
-    stats: ModelStatistics = field(default_factory=ModelStatistics)
-    mean_run_s: float = 0.0
-    restarts: int = 0
-    crashes: int = 0
-    """Since it last was stable."""
-    due_s: float | None = None
-    """The time of the next step: a load's limit, a restart, the end of draining."""
-    ready_s: float = 0.0
-    load_started_s: float = 0.0
-    measured: dict[Candidate, dict[str, Any]] = field(default_factory=dict)
-
-    @property
-    def name(self) -> str:
-        return self.track.name
-
-    @property
-    def version(self) -> int:
-        version: int = self.staged.version
-        return version
-
-    @property
-    def candidate(self) -> Candidate | None:
-        """Where it runs, or is being loaded."""
-        return self.plan[0] if self.plan else None
-
-    @property
-    def admits(self) -> bool:
-        """Whether a request may be queued for it: it serves, or will again in moments."""
-        if self.state is InstanceState.READY:
-            return True
-        return self.track.serving is self and self.crashes <= 1 and self.state in (_S.RESTARTING, _S.LOADING)
-
-    def oip_state(self) -> str:
-        """The state's name in the Open Inference Protocol."""
-        if self.track.serving is self and self.state is _S.LOADING:
-            return "READY" if self.admits else "UNAVAILABLE"
-        return _OIP_STATE[self.state]
-
-    def move(self, state: InstanceState, reason: str, message: str) -> None:
-        """To another state, with its reason."""
-        if state not in MOVES[self.state]:
-            raise AssertionError(f"{self.name}: {self.state.name} → {state.name} is not a move")
-        self.state, self.reason, self.message = state, reason, message
-
-
-@dataclass(eq=False)
-class Track:
-    """What one entry of the folder stands for."""
-
-    name: str
-    explicit_version: int | None
-    entry: Entry | None = None
-    serving: Instance | None = None
-    incoming: Instance | None = None
-    draining: list[Instance] = field(default_factory=list)
-    failure: Failure | None = None
-    unloaded: bool = False
-    superseded: bool = False
-    """Its entry went because another version came, which does not serve yet."""
-    asked: bool = False
-    """Someone asked for a load: try the same content again, quarantined or not."""
-    last_good: tuple[Entry, Any] | None = None
-    """What to fall back on when the folder's content cannot serve."""
-
-    @property
-    def key(self) -> tuple[str, int | None]:
-        return self.name, self.explicit_version
-
-    def instances(self) -> list[Instance]:
-        """Everything that is alive, the serving one first."""
-        found = [i for i in (self.serving, self.incoming) if i is not None]
-        return found + self.draining
 
 
 class Hooks(Protocol):
@@ -277,6 +101,7 @@ class Lifecycle:
         self.instances: dict[int, Instance] = {}
         self.workers: dict[int, Worker] = {}
         self.verdicts: dict[Candidate, Verdict | None] = {}
+        self._worked: set[Candidate] = set()
         self.verdict: resources.Verdict | None = None
         self.folder_fault = ""
         self.ready = False
@@ -558,6 +383,9 @@ class Lifecycle:
         track.last_good = None
         if track.failure is not None and self._failed_before(track.failure, entry, staged):
             return
+        fields = {"MODEL": track.name, "MODEL_VERSION": str(staged.version)}
+        why = self.folder_fault if track.failure is None else track.failure.message
+        self._emit(Log("model_restored", {**fields, "REASON": why}))
         self._new_instance(track, entry, staged)
         self.step(now_s)
 
@@ -1005,7 +833,7 @@ class Lifecycle:
             elif instance.track.serving is instance:
                 self._emit(
                     Log(
-                        "worker_crashed",
+                        "worker_hung" if worker.killed_for == RUN_HUNG else "worker_crashed",
                         {
                             "MODEL": instance.name,
                             "MODEL_VERSION": str(instance.version),
@@ -1070,6 +898,11 @@ class Lifecycle:
         """A device's verdict."""
         self.verdicts[verdict.candidate] = verdict
         fields = {"RUNTIME": verdict.runtime, "DEVICE": verdict.device, "REASON": verdict.status}
+        if verdict.status == "ok":
+            self._worked.add(verdict.candidate)
+        elif verdict.candidate in self._worked:
+            self._worked.discard(verdict.candidate)
+            self._emit(Log("device_lost", {**fields, "HINT": verdict.hint, "DETAIL": verdict.detail}))
         self._emit(
             Log("device_verdict", {**fields, "DETAIL": verdict.hint or verdict.detail or verdict.full_name})
         )

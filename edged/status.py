@@ -10,7 +10,8 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 from edged.errors import NotFound
-from edged.lifecycle import Instance, InstanceState, Lifecycle, Track
+from edged.instances import Instance, InstanceState, Track
+from edged.lifecycle import Lifecycle
 from edged.wire import PROTOCOL_VERSIONS
 
 if TYPE_CHECKING:

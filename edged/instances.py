@@ -1,0 +1,195 @@
+"""What the lifecycle moves: tracks, instances, workers, and the table of an instance's states.
+
+Pure data with its own small questions. The words are the lifecycle's: a *track* is what one entry of the
+folder stands for, an *instance* one content under one set of settings on one device, a *worker* a process.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+from typing import Any
+
+from edged.config import ModelSettings
+from edged.devices import Candidate
+from edged.repository import Entry
+from edged.statistics import ModelStatistics
+from edged.tensors import TensorSpec
+
+__all__ = ["MOVES", "SLOTS_PER_WORKER", "Failure", "Instance", "InstanceState", "Machine", "Track", "Worker"]
+
+SLOTS_PER_WORKER = 2
+"""Requests that a worker has at once: one that runs, one that waits at the socket so that none idles."""
+
+
+class InstanceState(enum.Enum):
+    """Where an instance is on its way."""
+
+    WAITING = "waiting for its turn to load"
+    PREPARING = "about to load"
+    LOADING = "loading"
+    READY = "ready"
+    RESTARTING = "restarting"
+    DRAINING = "finishing its last requests"
+    FAILED = "failed"
+    GONE = "gone"
+
+
+_S = InstanceState
+MOVES: dict[InstanceState, frozenset[InstanceState]] = {
+    _S.WAITING: frozenset({_S.PREPARING, _S.FAILED, _S.GONE}),
+    _S.PREPARING: frozenset({_S.LOADING, _S.FAILED, _S.GONE}),
+    _S.LOADING: frozenset({_S.LOADING, _S.READY, _S.RESTARTING, _S.FAILED, _S.DRAINING, _S.GONE}),
+    _S.READY: frozenset({_S.RESTARTING, _S.DRAINING}),
+    _S.RESTARTING: frozenset({_S.LOADING, _S.RESTARTING, _S.DRAINING}),
+    _S.DRAINING: frozenset({_S.GONE}),
+    _S.FAILED: frozenset({_S.GONE}),
+    _S.GONE: frozenset(),
+}
+"""The state table; a move that is not in it is a bug."""
+
+_OIP_STATE = {
+    _S.WAITING: "LOADING",
+    _S.PREPARING: "LOADING",
+    _S.LOADING: "LOADING",
+    _S.READY: "READY",
+    _S.RESTARTING: "UNAVAILABLE",
+    _S.DRAINING: "UNLOADING",
+    _S.FAILED: "UNAVAILABLE",
+    _S.GONE: "UNAVAILABLE",
+}
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the choice of a device depends on, beside the devices."""
+
+    name: str
+    cpus: int
+    memory_limit_bytes: int
+
+
+@dataclass(frozen=True)
+class Failure:
+    """Why a content does not serve."""
+
+    reason: str
+    message: str
+    digest: str = ""
+    version: int | None = None
+    settings: ModelSettings | None = None
+
+
+@dataclass(eq=False)
+class Worker:
+    """A process that runs instances."""
+
+    id: int
+    runtime: str
+    device: str
+    shared: bool
+    instances: set[int] = field(default_factory=set)
+    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS_PER_WORKER)))
+    pid: int | None = None
+    rss_bytes: int = 0
+    memory_max_bytes: int | None = None
+    kill_at_s: float | None = None
+    """Set when it was asked to exit."""
+    killed_for: str = ""
+    """Why the daemon itself killed it."""
+
+
+@dataclass(eq=False)
+class Instance:
+    """One content under one set of settings."""
+
+    id: int
+    track: Track
+    entry: Entry
+    staged: Any
+    settings: ModelSettings
+    state: InstanceState = InstanceState.WAITING
+    reason: str = ""
+    message: str = ""
+    preferred: Candidate | None = None
+    choice: str = "default"
+    plan: tuple[Candidate, ...] = ()
+    fallback_reason: str = ""
+    errors: list[tuple[Candidate, str, str]] = field(default_factory=list)
+    worker: int | None = None
+    info: dict[str, Any] = field(default_factory=dict)
+    inputs: dict[str, TensorSpec] = field(default_factory=dict)
+    outputs: dict[str, TensorSpec] = field(default_factory=dict)
+    required: frozenset[str] = frozenset()
+    stats: ModelStatistics = field(default_factory=ModelStatistics)
+    mean_run_s: float = 0.0
+    restarts: int = 0
+    crashes: int = 0
+    """Since it last was stable."""
+    due_s: float | None = None
+    """The time of the next step: a load's limit, a restart, the end of draining."""
+    ready_s: float = 0.0
+    load_started_s: float = 0.0
+    measured: dict[Candidate, dict[str, Any]] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return self.track.name
+
+    @property
+    def version(self) -> int:
+        version: int = self.staged.version
+        return version
+
+    @property
+    def candidate(self) -> Candidate | None:
+        """Where it runs, or is being loaded."""
+        return self.plan[0] if self.plan else None
+
+    @property
+    def admits(self) -> bool:
+        """Whether a request may be queued for it: it serves, or will again in moments."""
+        if self.state is InstanceState.READY:
+            return True
+        return self.track.serving is self and self.crashes <= 1 and self.state in (_S.RESTARTING, _S.LOADING)
+
+    def oip_state(self) -> str:
+        """The state's name in the Open Inference Protocol."""
+        if self.track.serving is self and self.state is _S.LOADING:
+            return "READY" if self.admits else "UNAVAILABLE"
+        return _OIP_STATE[self.state]
+
+    def move(self, state: InstanceState, reason: str, message: str) -> None:
+        """To another state, with its reason."""
+        if state not in MOVES[self.state]:
+            raise AssertionError(f"{self.name}: {self.state.name} → {state.name} is not a move")
+        self.state, self.reason, self.message = state, reason, message
+
+
+@dataclass(eq=False)
+class Track:
+    """What one entry of the folder stands for."""
+
+    name: str
+    explicit_version: int | None
+    entry: Entry | None = None
+    serving: Instance | None = None
+    incoming: Instance | None = None
+    draining: list[Instance] = field(default_factory=list)
+    failure: Failure | None = None
+    unloaded: bool = False
+    superseded: bool = False
+    """Its entry went because another version came, which does not serve yet."""
+    asked: bool = False
+    """Someone asked for a load: try the same content again, quarantined or not."""
+    last_good: tuple[Entry, Any] | None = None
+    """What to fall back on when the folder's content cannot serve."""
+
+    @property
+    def key(self) -> tuple[str, int | None]:
+        return self.name, self.explicit_version
+
+    def instances(self) -> list[Instance]:
+        """Everything that is alive, the serving one first."""
+        found = [i for i in (self.serving, self.incoming) if i is not None]
+        return found + self.draining
