@@ -133,6 +133,13 @@ _EVENTS: dict[str, Event] = {
         "It is gone from the models folder, or someone asked for `edgectl unload`. Requests for it are "
         "refused.",
     ),
+    "model_unloaded": Event(
+        "4843a3201f2f4818ad26386f5f9511c0",
+        "info",
+        "A model was unloaded by request",
+        "It answers UNAVAILABLE with reason MODEL_UNLOADED until `edgectl load` or other content brings it "
+        "back.",
+    ),
     "model_quarantined": Event(
         "4d7c30d475dd41ada6cfcd7cdaf2f145",
         "error",

@@ -19,6 +19,7 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import replace
+from importlib.util import find_spec
 from typing import Any, cast
 
 import zmq
@@ -263,6 +264,9 @@ class Daemon:
             ENDPOINT=config.server.endpoint,
         )
         self._core.lifecycle.restore((_entry_of(good), good.staged) for good in self._store.last_good())
+        if find_spec("onnxruntime") is not None and "onnxruntime" not in config.runtimes:
+            # Nearly every model starts there: importing it now saves the first load that time.
+            self._spawner.start_template("onnxruntime")
         for runtime, device in self._spawner.list_probes():
             self._core.lifecycle.probe(Candidate(runtime, device))
         self._step(Tick())
@@ -301,7 +305,7 @@ class Daemon:
 
     def _timer_s(self) -> float:
         due = self._sample_at_s
-        if self._scan_at_s is not None:
+        if self._scan_at_s is not None and not self._scanning:
             due = min(due, self._scan_at_s)
         if self._reaping or self._doomed:
             due = min(due, time.monotonic() + REAP_S)

@@ -5,8 +5,8 @@ Pure: takes events and the time, emits effects. The parts and their words:
 - A *track* is what one entry of the folder stands for, for as long as the entry is there. It points to the
   instance that serves and, beside it, to the one that is on its way in. Traffic moves from one to the
   other in a single assignment; until then, and for good when the new one fails, the old one serves.
-- An *instance* is one content, under one set of settings, on one device. It lives by the table `instances.MOVES`; every
-  state carries a reason.
+- An *instance* is one content, under one set of settings, on one device. It lives by the table
+  `instances.MOVES`; every state carries a reason.
 - A *worker* is a process. CPU instances have one each; GPU-like devices, and models that ask for it, share.
 
 Loads take turns, one per device, so that a folder of twenty does not storm a small board. A worker that dies
