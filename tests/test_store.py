@@ -216,6 +216,23 @@ def test_a_writer_is_seen_and_never_made_to_wait(root: Path) -> None:
         os.close(descriptor)
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to become a user without rights")
+def test_another_users_file_is_left_to_the_settle_time(root: Path) -> None:
+    """Where a lease is not ours to take, nothing is claimed about writers."""
+    path = put(root, "net.onnx", b"x")
+    path.chmod(0o644)
+    program = (
+        "import os, sys, edged.store as s\n"
+        "descriptor = os.open(sys.argv[1], os.O_RDONLY)\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "print(s.is_being_written(descriptor))\n"
+    )
+    with open(path, "ab"):
+        command = [sys.executable, "-c", program, path]
+        done = subprocess.run(command, capture_output=True, text=True, check=True, cwd=REPOSITORY)
+    assert done.stdout == "False\n"
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -233,6 +250,7 @@ def test_what_changes_around_copying_is_refused(
 ) -> None:
     """Before the copy or in the middle of it: what is not what was seen is CHANGED_WHILE_COPYING."""
     path = put(root, "net/model.onnx", b"first")
+    os.utime(path, (1, 1))  # or a change in the same tick of the kernel's clock would have the same stamp
     put(root, "net/weights.bin", b"data")
     entry = find(root)
     copy = module._clone_or_copy
