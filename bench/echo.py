@@ -13,7 +13,7 @@ import zmq
 
 
 def main(endpoint: str, answer_bytes: int | None) -> None:
-    router = zmq.Context.instance().socket(zmq.ROUTER)
+    router: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.ROUTER)
     router.bind(endpoint)
     answer = None if answer_bytes is None else bytes(answer_bytes)
     poller = zmq.Poller()

@@ -122,8 +122,8 @@ class Daemon:
         try:
             while True:
                 left = deadline - time.monotonic()
-                readable, _, _ = select.select([self._notify, pidfd], [], [], max(0.0, left))
-                if self._notify in readable:
+                readable, _, _ = select.select([self._notify.fileno(), pidfd], [], [], max(0.0, left))
+                if self._notify.fileno() in readable:
                     if b"READY=1" in self._notify.recv(65536).split(b"\n"):
                         self.ready_ns = time.monotonic_ns()
                         return

@@ -154,7 +154,7 @@ def _ask(dealer: zmq.Socket[bytes], frames: list[bytes]) -> list[zmq.Frame]:
 
 @contextmanager
 def _dealer(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
-    socket = zmq.Context.instance().socket(zmq.DEALER)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.RCVTIMEO, 30_000)
     socket.connect(endpoint)

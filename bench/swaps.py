@@ -96,7 +96,9 @@ def measure(progress: Progress) -> Section:
     zoo.write(daemon.models / "m.onnx", zoo.versioned(1))
     # Pinned: each version would be measured against the other runtimes, which is not what is watched here.
     (daemon.models / "m.toml").write_text('runtime = "onnxruntime"\ndevice = "cpu"\n')
-    times_s, stuck, looks = [], 0, []
+    times_s: list[float] = []
+    looks: list[Look] = []
+    stuck = 0
     try:
         daemon.start()
         with Load(daemon) as load:

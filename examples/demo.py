@@ -323,7 +323,7 @@ def crash(endpoint: str, images: np.ndarray, labels: np.ndarray, report: Report)
 def worker_pid(client: Client) -> int:
     """The process that serves the digits; the daemon names it."""
     models = client.server_status()["models"]
-    return next(m["pid"] for m in models if m["name"] == "digits" and m["serving"] and m["pid"])
+    return int(next(m["pid"] for m in models if m["name"] == "digits" and m["serving"] and m["pid"]))
 
 
 def shown(things: object) -> str:

@@ -20,7 +20,7 @@ TIMEOUT_MS = 5000
 
 
 def main(endpoint: str) -> int:
-    socket = zmq.Context.instance().socket(zmq.REQ)
+    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.REQ)
     socket.setsockopt(zmq.IMMEDIATE, 1)  # queue nothing for a daemon that is not there
     socket.setsockopt(zmq.REQ_RELAXED, 1)  # after a time-out, ask again on the same socket ...
     socket.setsockopt(zmq.REQ_CORRELATE, 1)  # ... and take no late reply for the new one

@@ -15,8 +15,9 @@ import itertools
 import math
 import os
 import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -128,7 +129,7 @@ def _model(
     nodes: Iterable[onnx.NodeProto],
     inputs: Sequence[onnx.ValueInfoProto],
     outputs: Sequence[onnx.ValueInfoProto],
-    constants: dict[str, NDArray[np.generic]] | None = None,
+    constants: Mapping[str, NDArray[Any]] | None = None,
     *,
     name: str = "zoo",
     domains: Sequence[tuple[str, int]] = (),
@@ -148,7 +149,9 @@ def mlp(
 ) -> onnx.ModelProto:
     """A fully connected network `x` FP32 [N,64] → `y` FP32 [N,10]; its weights follow from `seed` alone."""
     rng = np.random.default_rng(seed)
-    nodes, constants, last = [], {}, "x"
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, NDArray[Any]] = {}
+    last = "x"
     for layer, (rows, columns) in enumerate(itertools.pairwise(sizes)):
         weight = rng.normal(0, math.sqrt(2 / rows), (rows, columns)).astype(np.float32)
         constants[f"w{layer}"] = weight
@@ -374,7 +377,7 @@ def slow(trips: int | None = None, *, width: int = 256) -> onnx.ModelProto:
         [numpy_helper.from_array(rng.normal(0, 1 / math.sqrt(width), (width, width)).astype("f"), "weight")],
     )
     inputs = [_value("x", "FP32", [1, width])]
-    constants: dict[str, NDArray[np.generic]] = {"true": np.array(True)}
+    constants: dict[str, NDArray[Any]] = {"true": np.array(True)}
     if trips is None:
         inputs.append(_value("trips", "INT64", []))
     else:
