@@ -165,10 +165,9 @@ def test_strings_that_are_not_utf8_are_the_requests_fault(echo: Any) -> None:
 
 def long_model(path: Path) -> Path:
     """A model that runs for a minute: a chain of products, since a cancel takes effect between nodes."""
-    weight = numpy_helper.from_array(np.zeros((1500, 1500), np.float32), "w")
-    chain = [helper.make_node("MatMul", [f"t{i}", "w"], [f"t{i + 1}"]) for i in range(1000)]
+    chain = [helper.make_node("MatMul", [f"t{i}", "t0"], [f"t{i + 1}"]) for i in range(1000)]
     ends = (value("t0", [1500, 1500]), value("t1000", [1500, 1500]))
-    return save(path, chain, [ends[0]], [ends[1]], [weight])
+    return save(path, chain, [ends[0]], [ends[1]])
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

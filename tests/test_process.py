@@ -1,0 +1,268 @@
+"""Workers are started, end, and are told about, whatever happens to them or to their template."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from edged.process import Spawner, WorkerGone, describe_exit
+from edged.runtimes.tiny import tiny_model
+from edged.testing import write_fake_model
+from tests.worker_helpers import WAIT_S, Handle, _wait_exit
+
+X = np.arange(6, dtype=np.float32).reshape(3, 2)
+
+
+@pytest.fixture(scope="module")
+def spawner() -> Iterator[Spawner]:
+    with Spawner(pythons={}, environ=os.environ) as spawner:
+        yield spawner
+
+
+@pytest.fixture
+def echo(tmp_path: Path) -> Path:
+    return write_fake_model(tmp_path / "echo.fake", inputs={"x": ("FP32", (-1, 2))})
+
+
+def status_of(pid: int) -> dict[str, str]:
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return {key: text.strip() for key, _, text in (line.partition(":") for line in lines)}
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["forked", "execed"])
+def test_worker_says_hello_and_serves(spawner: Spawner, echo: Path, gpu: bool) -> None:
+    """A worker of either birth says who it is, loads and answers."""
+    with Handle(spawner, "fake", gpu=gpu) as worker:
+        loaded = worker.load(echo)
+        assert loaded[0] == "loaded"
+        assert loaded[2]["device"] == "CPU"
+        np.testing.assert_array_equal(worker.infer({"x": X})["x"], X)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["forked", "execed"])
+def test_worker_is_confined(spawner: Spawner, gpu: bool) -> None:
+    """A worker is our child, has two sockets, no new privileges, no cores, and its limits."""
+    with Handle(spawner, "fake", gpu=gpu, data_bytes=1 << 30, file_bytes=1 << 20) as worker:
+        hello = worker.control("hello")
+        pid = hello[1]
+        status = status_of(pid)
+        assert status["PPid"] == str(os.getpid())
+        assert status["NoNewPrivs"] == "1"
+        names = sorted(os.readlink(f"/proc/{pid}/fd/{fd}") for fd in os.listdir(f"/proc/{pid}/fd"))
+        sockets = [n for n in names if n.startswith("socket:")]
+        assert len(sockets) == 2
+        limits = Path(f"/proc/{pid}/limits").read_text()
+        assert f"{1 << 30}" in limits.split("Max data size")[1].splitlines()[0]
+        assert f"{1 << 20}" in limits.split("Max file size")[1].splitlines()[0]
+        assert limits.split("Max core file size")[1].split()[0] == "0"
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["forked", "execed"])
+def test_crash_is_told_by_signal(spawner: Spawner, tmp_path: Path, gpu: bool) -> None:
+    """A model that ends its worker with SIGSEGV is seen as a hang-up, and the signal is named."""
+    path = write_fake_model(tmp_path / "m.fake", inputs={"x": ("FP32", (-1, 2))}, run="crash")
+    with Handle(spawner, "fake", gpu=gpu) as worker:
+        assert worker.load(path, warmup=0)[0] == "loaded"
+        worker.send({"x": X})
+        with pytest.raises(WorkerGone):
+            worker.answer()
+        assert worker.ended() == "killed by SIGSEGV"
+
+
+def test_crash_hurts_no_other_worker(spawner: Spawner, echo: Path, tmp_path: Path) -> None:
+    """While one worker dies another, of the same template, goes on."""
+    bad = write_fake_model(tmp_path / "m.fake", inputs={"x": ("FP32", (-1, 2))}, load="crash")
+    with Handle(spawner, "fake") as good, Handle(spawner, "fake") as doomed:
+        assert good.load(echo)[0] == "loaded"
+        with pytest.raises(WorkerGone):
+            doomed.load(bad)
+        assert doomed.gone() == "killed by SIGSEGV"
+        np.testing.assert_array_equal(good.infer({"x": X})["x"], X)
+
+
+@pytest.mark.parametrize("gpu", [False, True], ids=["forked", "execed"])
+def test_killed_worker_is_reaped(spawner: Spawner, gpu: bool) -> None:
+    """A kill before the pid is known still ends the worker, and leaves no zombie."""
+    worker = Handle(spawner, "fake", gpu=gpu)
+    worker.process.kill()
+    assert worker.ended() == "killed by SIGKILL"
+    assert worker.process.pid is not None
+    assert not Path(f"/proc/{worker.process.pid}").exists()
+    worker.process.close()
+
+
+def test_closing_ends_the_worker(spawner: Spawner, echo: Path) -> None:
+    """A worker whose supervisor hangs up exits by itself, also in the middle of a run."""
+    path = write_fake_model(echo.with_name("hang"), inputs={"x": ("FP32", (-1, 2))}, run="hang")
+    worker = Handle(spawner, "fake")
+    assert worker.load(path, warmup=0)[0] == "loaded"
+    worker.send({"x": X})
+    worker.process.close()
+    assert worker.ended() == "exit 0"
+
+
+def test_terminal_signals_are_ignored(spawner: Spawner, echo: Path) -> None:
+    """SIGTERM and SIGINT, which systemd and a terminal send to the whole group, do not end a worker."""
+    with Handle(spawner, "fake") as worker:
+        assert worker.load(echo)[0] == "loaded"
+        assert worker.process.pid is not None
+        for number in (signal.SIGTERM, signal.SIGINT):
+            os.kill(worker.process.pid, number)
+        np.testing.assert_array_equal(worker.infer({"x": X})["x"], X)
+
+
+def test_dead_template_is_replaced(spawner: Spawner, echo: Path) -> None:
+    """Workers outlive their template, and the next spawn starts another."""
+    with Handle(spawner, "fake") as old:
+        assert old.load(echo)[0] == "loaded"
+        template = spawner.templates()["fake"]
+        os.kill(template, signal.SIGKILL)
+        _wait_exit(template, time.monotonic() + WAIT_S)
+        with Handle(spawner, "fake") as new:
+            assert new.load(echo)[0] == "loaded"
+            assert spawner.templates()["fake"] != template
+            np.testing.assert_array_equal(old.infer({"x": X})["x"], X)
+
+
+def test_broken_runtime_is_told(tmp_path: Path) -> None:
+    """A runtime that cannot be imported ends as a worker that is gone, with the reason."""
+    broken = tmp_path / "onnxruntime"
+    broken.mkdir()
+    (broken / "__init__.py").write_text("raise RuntimeError('libfoo.so is too old')\n")
+    with Spawner(pythons={}, environ={**os.environ, "PYTHONPATH": str(tmp_path)}) as spawner:
+        worker = Handle(spawner, "onnxruntime")
+        assert "libfoo.so is too old" in worker.gone()
+        worker.process.close()
+
+
+def test_template_has_one_thread(spawner: Spawner) -> None:
+    """What is forked has one thread, with either real runtime imported."""
+    for runtime in ("onnxruntime", "openvino"):
+        with Handle(spawner, runtime) as worker:
+            worker.control("hello")
+            assert status_of(spawner.templates()[runtime])["Threads"] == "1"
+
+
+def test_spawn_leaves_no_descriptors(spawner: Spawner) -> None:
+    """A hundred workers that come and go leave no descriptor and no zombie behind."""
+    with Handle(spawner, "fake") as worker:
+        worker.control("hello")
+    before = len(os.listdir("/proc/self/fd"))
+    for _ in range(10):
+        workers = [Handle(spawner, "fake") for _ in range(10)]
+        for worker in workers:
+            worker.control("hello")
+            worker.process.close()
+        for worker in workers:
+            assert worker.ended() == "exit 0"
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_workers_die_with_the_supervisor(tmp_path: Path) -> None:
+    """When the supervisor is killed no worker, no template and no probe stays."""
+    program = (
+        "import os, sys, select\n"
+        "from edged.process import *\n"
+        "sp = Spawner(pythons={}, environ=os.environ)\n"
+        "ws = [sp.spawn('fake', gpu=g, limits=WorkerLimits(None, 1 << 20), slots=1) for g in (0, 1)]\n"
+        "for w in ws:\n"
+        "    select.select([w.control_fd], [], []); w.recv_control()\n"
+        "print(*[w.pid for w in ws], *sp.templates().values(), flush=True)\n"
+        "sys.stdin.read()\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    pids = [int(p) for p in child.stdout.readline().split()]
+    assert len(pids) == 3
+    child.kill()
+    child.wait()
+    child.stdin.close()
+    child.stdout.close()
+    for pid in pids:
+        _wait_exit(pid, time.monotonic() + WAIT_S)
+        gone = not Path(f"/proc/{pid}").exists() or status_of(pid)["State"].startswith("Z")
+        assert gone, f"{pid} is still there"
+
+
+def test_supervisor_side_imports_no_runtime() -> None:
+    """The supervisor's side of all this carries neither numpy nor a runtime."""
+    program = (
+        "import edged.process, sys\n"
+        "print([m for m in ('numpy', 'onnxruntime', 'openvino') if m in sys.modules])\n"
+    )
+    out = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert out.stdout.strip() == "[]"
+
+
+def test_worker_needs_no_network_and_no_home(tmp_path: Path, echo: Path) -> None:
+    """While a worker loads and runs, no runtime opens an internet socket or writes into $HOME."""
+    strace = Path("/usr/bin/strace")
+    if not strace.exists():
+        pytest.skip("strace is not installed")
+    home = tmp_path / "home"
+    home.mkdir()
+    model = tmp_path / "m.onnx"
+    model.write_bytes(tiny_model())
+    program = (
+        "import os, sys, numpy as np\n"
+        "from tests.worker_helpers import Handle\n"
+        "from edged.process import Spawner\n"
+        "from pathlib import Path\n"
+        "with Spawner(pythons={}, environ=os.environ) as sp:\n"
+        "    for runtime in ('onnxruntime', 'openvino'):\n"
+        "        with Handle(sp, runtime) as w:\n"
+        "            assert w.load(Path(sys.argv[1]))[0] == 'loaded'\n"
+        "            w.infer({'x': np.zeros((1, 1, 4, 4), np.float32)})\n"
+    )
+    trace = tmp_path / "trace"
+    subprocess.run(
+        [
+            str(strace),
+            "-f",
+            "-qq",
+            "-e",
+            "trace=socket,connect,execve",
+            "-o",
+            str(trace),
+            sys.executable,
+            "-c",
+            program,
+            str(model),
+        ],
+        check=True,
+        env={**os.environ, "HOME": str(home), "PYTHONPATH": str(Path(__file__).parent.parent)},
+    )
+    assert "execve" in trace.read_text(), "nothing was traced"
+    assert "AF_INET" not in trace.read_text()
+    assert list(home.rglob("*")) == []
+
+
+def test_probe_of_what_is_not_installed_costs_no_process(
+    spawner: Spawner, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A runtime that is not there gets its verdict at once, with the extra to install."""
+    monkeypatch.setattr("edged.process._installed", lambda runtime: False)
+    probe = spawner.probe("openvino", "CPU")
+    answer = probe.result()
+    assert answer is not None
+    assert (answer["status"], answer["hint"]) == ("not_installed", "pip install 'edged[openvino]'")
+
+
+@pytest.mark.parametrize(
+    ("status", "text"),
+    [(0, "exit 0"), (70, "exit 70"), (-11, "killed by SIGSEGV"), (-99, "killed by signal 99")],
+)
+def test_exits_in_words(status: int, text: str) -> None:
+    """A return code is told in words."""
+    assert describe_exit(status) == text

@@ -1,0 +1,320 @@
+"""The worker answers every run exactly once, whatever the model, and a bad model gets no further than it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+
+from edged.process import Spawner, WorkerGone
+from edged.testing import write_fake_model
+from tests.test_runtimes import long_model, save, value, zipmap_model
+from tests.worker_helpers import Handle
+
+X = np.arange(6, dtype=np.float32).reshape(3, 2)
+
+
+@pytest.fixture(scope="module")
+def spawner() -> Iterator[Spawner]:
+    with Spawner(pythons={}, environ=os.environ) as spawner:
+        yield spawner
+
+
+@pytest.fixture
+def worker(spawner: Spawner) -> Iterator[Handle]:
+    with Handle(spawner) as worker:
+        yield worker
+
+
+@pytest.fixture
+def fake(spawner: Spawner) -> Iterator[Handle]:
+    with Handle(spawner, "fake") as worker:
+        yield worker
+
+
+def fake_model(path: Path, **behaviour: Any) -> Path:
+    return write_fake_model(path / "m.fake", inputs={"x": ("FP32", (-1, 2))}, **behaviour)
+
+
+def identity(path: Path, datatype: int = TensorProto.FLOAT, shape: tuple[int, ...] = (-1,)) -> Path:
+    node = helper.make_node("Identity", ["x"], ["y"])
+    return save(path / "m.onnx", [node], [value("x", shape, datatype)], [value("y", shape, datatype)])
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("datatype", "array"),
+    [
+        (TensorProto.FLOAT, np.array([1.5, -0.0, np.nan], np.float32)),
+        (TensorProto.DOUBLE, np.array([1.5], np.float64)),
+        (TensorProto.FLOAT16, np.array([1.5, 6e4], np.float16)),
+        (TensorProto.INT8, np.array([-128, 127], np.int8)),
+        (TensorProto.INT64, np.array([-1, 7], np.int64)),
+        (TensorProto.UINT64, np.array([7], np.uint64)),
+        (TensorProto.BOOL, np.array([True, False])),
+        (TensorProto.FLOAT, np.empty(0, np.float32)),
+    ],
+    ids=lambda v: v.dtype.name + str(v.size) if isinstance(v, np.ndarray) else "",
+)
+def test_tensors_come_back_bit_by_bit(
+    spawner: Spawner, tmp_path: Path, runtime: str, datatype: int, array: Any
+) -> None:
+    """Every datatype goes through socket, slot and runtime unchanged."""
+    with Handle(spawner, runtime) as worker:
+        assert worker.load(identity(tmp_path, datatype))[0] == "loaded"
+        got = worker.infer({"x": array})["y"]
+        assert got.dtype == array.dtype
+        assert got.tobytes() == array.tobytes()
+
+
+def test_strings_and_scalars(worker: Handle, tmp_path: Path) -> None:
+    """BYTES tensors carry UTF-8 strings, and a scalar has no dimensions on either way."""
+    assert worker.load(identity(tmp_path, TensorProto.STRING))[0] == "loaded"
+    assert worker.infer({"x": np.array([b"a", "å".encode(), b""], object)})["y"].tolist() == [
+        b"a",
+        "å".encode(),
+        b"",
+    ]
+    assert worker.load(identity(tmp_path, shape=()), instance=2)[0] == "loaded"
+    got = worker.infer({"x": np.array(2.5, np.float32)}, instance=2)["y"]
+    assert (got.shape, float(got)) == ((), 2.5)
+
+
+def test_sequence_of_maps(worker: Handle, tmp_path: Path) -> None:
+    """A classifier with a ZipMap answers a list of lists of pairs."""
+    assert worker.load(zipmap_model(tmp_path / "m.onnx"))[0] == "loaded"
+    outputs = worker.infer({"x": np.zeros((1, 3), np.float32)})
+    datatype, data = outputs["probabilities"]
+    assert datatype == "SEQUENCE"
+    assert data[0]["datatype"] == "MAP"
+    assert [pair[0] for pair in data[0]["data"]] == [0, 1, 2]
+
+
+def test_reply_too_large_for_a_packet(worker: Handle, tmp_path: Path) -> None:
+    """Thousands of maps, more than a packet holds, come by way of the slot."""
+    assert worker.load(zipmap_model(tmp_path / "m.onnx"))[0] == "loaded"
+    outputs = worker.infer({"x": np.zeros((5000, 3), np.float32)})
+    assert len(outputs["probabilities"][1]) == 5000
+    assert outputs["label"].shape == (5000,)
+
+
+def test_only_the_outputs_that_were_asked_for(worker: Handle, tmp_path: Path) -> None:
+    """Names choose the outputs and their order; a name that is none is the request's fault."""
+    assert worker.load(zipmap_model(tmp_path / "m.onnx"))[0] == "loaded"
+    assert list(worker.infer({"x": np.zeros((1, 3), np.float32)}, outputs=["label"])) == ["label"]
+    worker.send({"x": np.zeros((1, 3), np.float32)}, outputs=["nobody"])
+    assert worker.answer()[3] == "INVALID_ARGUMENT"
+
+
+def test_slots_grow_for_input_and_output(spawner: Spawner, tmp_path: Path) -> None:
+    """Megabytes go in and out of a slot that was born small, and the slot is given back."""
+    with Handle(spawner, "fake") as worker:
+        assert worker.load(fake_model(tmp_path))[0] == "loaded"
+        big = np.arange(1_000_000, dtype=np.float32).reshape(-1, 2)
+        np.testing.assert_array_equal(worker.infer({"x": big})["x"], big)
+        arena = worker.process.arena
+        assert arena.memory_bytes() >= 8_000_000
+        arena.shrink(0)
+        assert arena.memory_bytes() < 1_000_000
+        np.testing.assert_array_equal(worker.infer({"x": X})["x"], X)
+
+
+def test_output_beyond_the_file_limit(spawner: Spawner, tmp_path: Path) -> None:
+    """An output that the slot may not hold is a typed error, and the worker goes on."""
+    node = helper.make_node("Tile", ["x", "n"], ["y"])
+    count = numpy_helper.from_array(np.array([1 << 20], np.int64), "n")
+    path = save(tmp_path / "m.onnx", [node], [value("x", [-1])], [value("y", [-1])], [count])
+    with Handle(spawner, file_bytes=1 << 20) as worker:
+        assert worker.load(path, warmup=0)[0] == "loaded"
+        worker.send({"x": np.ones(2, np.float32)})
+        assert worker.answer()[3:5] == ["RESOURCE_EXHAUSTED", "OUTPUT_TOO_LARGE"]
+        assert worker.infer({"x": np.empty(0, np.float32)})["y"].size == 0
+
+
+def test_refused_input_leaves_the_worker_well(worker: Handle, tmp_path: Path) -> None:
+    """What the runtime says about a wrong input is the request's fault, and the next run is answered."""
+    assert worker.load(identity(tmp_path, shape=(2,)))[0] == "loaded"
+    worker.send({"x": np.ones(3, np.float32)})
+    failed = worker.answer()
+    assert failed[0] == "failed"
+    assert failed[3] == "INVALID_ARGUMENT"
+    assert worker.infer({"x": np.ones(2, np.float32)})["y"].tolist() == [1.0, 1.0]
+
+
+def test_unloaded_model_is_unavailable(fake: Handle, tmp_path: Path) -> None:
+    """A run of what is not loaded, or no more, is answered."""
+    assert fake.load(fake_model(tmp_path))[0] == "loaded"
+    fake.ask("unload", 1)
+    fake.control("unloaded")
+    fake.send({"x": X})
+    assert fake.answer()[3:5] == ["UNAVAILABLE", "MODEL_UNLOADED"]
+
+
+def test_cancel_of_a_running_inference(worker: Handle, tmp_path: Path) -> None:
+    """A run that would take minutes answers CANCELLED, and the worker goes on."""
+    assert worker.load(long_model(tmp_path / "m.onnx"), warmup=0)[0] == "loaded"
+    run = worker.send({"t0": np.zeros((1500, 1500), np.float32)})
+    worker.ask("cancel", run)
+    assert worker.answer()[:4] == ["failed", run, 0, "CANCELLED"]
+
+
+def test_cancel_of_a_run_that_waits(fake: Handle, tmp_path: Path) -> None:
+    """A run that waits behind another is answered CANCELLED without being run."""
+    assert fake.load(fake_model(tmp_path, run="hang"), warmup=0)[0] == "loaded"
+    first, second = fake.send({"x": X}), fake.send({"x": X}, slot=1)
+    fake.ask("cancel", second)
+    fake.ask("cancel", first)
+    assert [fake.answer()[1:4] for _ in range(2)] == [[first, 0, "CANCELLED"], [second, 1, "CANCELLED"]]
+
+
+def test_cancel_of_a_load(fake: Handle, tmp_path: Path) -> None:
+    """A load that hangs is withdrawn, and the worker loads something else."""
+    bad = write_fake_model(tmp_path / "bad", inputs={"x": ("FP32", (-1, 2))}, load="hang")
+    fake.control("hello")
+    fake.ask("load", 1, {"path": str(bad), "format": "fake", "runtime": "fake", "device": "CPU"})
+    fake.ask("cancel_load", 1)
+    assert fake.control("load_failed")[3] == "LOAD_CANCELLED"
+    assert fake.load(fake_model(tmp_path))[0] == "loaded"
+
+
+def test_load_that_takes_too_long(fake: Handle, tmp_path: Path) -> None:
+    """A load beyond its time is given up as such."""
+    failed = fake.load(fake_model(tmp_path, load="hang"), timeout_s=0.05)
+    assert failed[:4] == ["load_failed", 1, "DEADLINE_EXCEEDED", "LOAD_TIMEOUT"]
+
+
+def test_load_while_another_model_runs(fake: Handle, tmp_path: Path) -> None:
+    """A load does not hold up the runs of a model that serves."""
+    assert fake.load(fake_model(tmp_path))[0] == "loaded"
+    hanging = write_fake_model(tmp_path / "bad", inputs={"x": ("FP32", (-1, 2))}, load="hang")
+    fake.ask("load", 2, {"path": str(hanging), "format": "fake", "runtime": "fake", "device": "CPU"})
+    np.testing.assert_array_equal(fake.infer({"x": X})["x"], X)
+    fake.ask("cancel_load", 2)
+    fake.control("load_failed")
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("content", [b"", b"garbage" * 100, None], ids=["empty", "garbage", "truncated"])
+def test_bad_files_are_load_failures(
+    spawner: Spawner, tmp_path: Path, runtime: str, content: bytes | None
+) -> None:
+    """A file that is no model is refused in words, and the worker lives."""
+    good = identity(tmp_path)
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(good.read_bytes()[:-9] if content is None else content)
+    with Handle(spawner, runtime) as worker:
+        failed = worker.load(bad)
+        assert failed[0] == "load_failed"
+        assert str(tmp_path) not in failed[4]
+        assert worker.load(good, instance=2)[0] == "loaded"
+
+
+def test_division_bomb_ends_only_its_worker(spawner: Spawner, worker: Handle, tmp_path: Path) -> None:
+    """A DepthToSpace with a block of 2^32, which divides by zero in the runtime, hurts nobody else."""
+    node = helper.make_node("DepthToSpace", ["x"], ["y"], blocksize=1 << 32)
+    bomb = save(tmp_path / "bomb.onnx", [node], [value("x", [1, 4, 2, 2])], [value("y", [-1] * 4)])
+    assert worker.load(identity(tmp_path))[0] == "loaded"
+    with Handle(spawner) as victim:
+        try:
+            said = victim.load(bomb)
+        except WorkerGone:
+            assert victim.ended() == "killed by SIGFPE"
+        else:
+            assert said[0] == "load_failed"
+    assert worker.infer({"x": np.ones(1, np.float32)})["y"].tolist() == [1.0]
+
+
+def test_memory_bomb_is_a_typed_error(spawner: Spawner, tmp_path: Path) -> None:
+    """A ConstantOfShape of gigabytes meets RLIMIT_DATA, and is told as what it is."""
+    shape = numpy_helper.from_array(np.array([1 << 32], np.int64), "s")
+    node = helper.make_node("ConstantOfShape", ["s"], ["y"])
+    bomb = save(tmp_path / "bomb.onnx", [node], [], [value("y", [-1])], [shape])
+    with Handle(spawner, data_bytes=400 << 20) as worker:
+        said = worker.load(bomb)
+        if said[0] == "loaded":
+            worker.send({})
+            said = worker.answer()
+            assert said[3:5] == ["RESOURCE_EXHAUSTED", "MEMORY_LIMIT"]
+        else:
+            assert said[2:4] == ["RESOURCE_EXHAUSTED", "MEMORY_LIMIT"]
+        assert worker.load(identity(tmp_path), instance=2)[0] == "loaded"
+
+
+def test_model_that_eats_memory_while_it_runs(spawner: Spawner, tmp_path: Path) -> None:
+    """A run without end to its memory is answered with MEMORY_LIMIT, and the worker lives."""
+    with Handle(spawner, "fake", data_bytes=400 << 20) as worker:
+        assert worker.load(fake_model(tmp_path, run="eat"), warmup=0)[0] == "loaded"
+        worker.send({"x": X})
+        assert worker.answer()[3:5] == ["RESOURCE_EXHAUSTED", "MEMORY_LIMIT"]
+        assert worker.load(fake_model(tmp_path), instance=2)[0] == "loaded"
+        np.testing.assert_array_equal(worker.infer({"x": X}, instance=2)["x"], X)
+
+
+def test_warm_up_that_raises_is_only_noted(fake: Handle, tmp_path: Path) -> None:
+    """A model that does not like made-up inputs loads all the same."""
+    loaded = fake.load(fake_model(tmp_path, run="raise"))
+    assert loaded[0] == "loaded"
+    assert "as it was told" in loaded[2]["warmup_note"]
+
+
+def golden(folder: Path, **arrays: Any) -> str:
+    folder.mkdir()
+    np.savez(folder / "one.npz", **{k.replace("__", "/"): v for k, v in arrays.items()})
+    return str(folder)
+
+
+def test_golden_samples_are_checked(fake: Handle, tmp_path: Path) -> None:
+    """A model that answers as its samples say is loaded, and says how many were checked."""
+    folder = golden(tmp_path / "golden", inputs__x=X, outputs__x=X)
+    inline = [{"inputs": {"x": [[1, 2]]}, "outputs": {"x": [[1, 2]]}}]
+    loaded = fake.load(fake_model(tmp_path), golden_dir=folder, golden=inline)
+    assert loaded[0] == "loaded"
+    assert loaded[2]["golden"] == 2
+
+
+def test_golden_mismatch_is_a_load_failure_with_the_figure(fake: Handle, tmp_path: Path) -> None:
+    """A model that answers otherwise is not served, and the message says by how much."""
+    folder = golden(tmp_path / "golden", inputs__x=X, outputs__x=X)
+    failed = fake.load(fake_model(tmp_path, run="double"), golden_dir=folder)
+    assert failed[3] == "GOLDEN_MISMATCH"
+    assert "5 of 6 elements differ by up to 5" in failed[4]
+
+
+def test_golden_sample_that_names_nothing_is_a_load_failure(fake: Handle, tmp_path: Path) -> None:
+    """A sample that cannot be checked is not one that passed."""
+    folder = golden(tmp_path / "golden", inputs__nobody=X)
+    assert fake.load(fake_model(tmp_path), golden_dir=folder)[3] == "GOLDEN_MISMATCH"
+
+
+def test_measure_compares_two_runtimes(spawner: Spawner, tmp_path: Path) -> None:
+    """A fresh worker times reference and candidate on the model itself, and says that they agree."""
+    weight = np.random.default_rng(0).standard_normal((64, 10)).astype(np.float32)
+    path = save(
+        tmp_path / "m.onnx",
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [value("x", [-1, 64])],
+        [value("y", [-1, 10])],
+        [numpy_helper.from_array(weight, "w")],
+    )
+    part = {"device": "CPU", "precision": "f32", "threads": 1}
+    with Handle(spawner, measurer=True) as worker:
+        worker.control("hello")
+        settings = {
+            "path": str(path),
+            "format": "onnx",
+            "reference": {"runtime": "onnxruntime", **part},
+            "candidate": {"runtime": "openvino", **part},
+            "budget_s": 0.5,
+            "tolerance": {},
+        }
+        worker.ask("measure", settings)
+        result = worker.control("measured")[1]
+    assert result["agrees"], result
+    assert result["proven"], result
+    assert result["reference_p50_us"] > 0
+    assert result["candidate_p50_us"] > 0
