@@ -161,6 +161,12 @@ _EVENTS: dict[str, Event] = {
         "PATH is not something that can be served; REASON and DETAIL say why (its name, its settings, two "
         "entries with one name, an empty or unreadable file).",
     ),
+    "store_failed": Event(
+        "316d183f4bd1443f8cd97a2de30b716c",
+        "error",
+        "The state directory could not be read or written",
+        "What serves goes on; DETAIL names the file. Free space on the disk, or look at its health.",
+    ),
     "folder_fault": Event(
         "4f96980761b04294abcb1dad4c55c3dd",
         "error",

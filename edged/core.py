@@ -74,6 +74,9 @@ RUN_LIMIT_S = 120.0
 RUN_GRACE_S = 2.0
 """From asking the runtime to stop a run until its worker is killed."""
 
+SPIN_RUN_MAX_S, SPIN_S = 100e-6, 150e-6
+"""Spinning pays while a run of at most 100 µs is out, and for at most 150 µs; longer ones gain nothing."""
+
 LOG_LEVELS = ("debug", "info", "warning", "error")
 
 
@@ -114,6 +117,8 @@ class Core:
         self.epoch_offset_s = epoch_offset_s
         """Wall-clock time minus monotonic time; the daemon keeps it current."""
         self.stopping = False
+        self.spin_until_s = 0.0
+        """Until then the answer of a short run is so near that sleeping for it would take longer."""
         self.sample: resources.Sample | None = None
         self.guard: resources.Verdict | None = None
         self.counters = {"requests": 0, "refused": 0, "bad_messages": 0, "inferences": 0}
@@ -330,6 +335,8 @@ class Core:
             run_id = self._run_ids
             job.run_id = run_id
             job.started_s = now_s
+            if 0.0 < instance.mean_run_s < SPIN_RUN_MAX_S:
+                self.spin_until_s = now_s + SPIN_S
             limit_s = instance.settings.timeout_s or RUN_LIMIT_S
             run = _Run(job, instance, worker, slot, now_s + limit_s)
             self._runs[run_id] = run
@@ -341,6 +348,8 @@ class Core:
         run = self._runs.pop(run_id, None)
         if run is not None:
             run.worker.free_slots.append(run.slot)
+            if not self._runs:
+                self.spin_until_s = 0.0
         return run
 
     def _on_run_done(self, event: RunDone, now_s: float) -> None:
@@ -558,8 +567,8 @@ class Core:
                 lifecycle.on_staged(entry, staged, quarantined, now_s)
             case StageFailed(entry=entry, reason=reason, message=message, again=again):
                 lifecycle.on_stage_failed(entry, reason, message, again, now_s)
-            case LoadPrepared(instance=instance, quarantined=quarantined, choice=choice):
-                lifecycle.on_load_prepared(instance, quarantined, choice, now_s)
+            case LoadPrepared(instance=instance, choice=choice):
+                lifecycle.on_load_prepared(instance, choice, now_s)
             case Probed(verdict=verdict):
                 lifecycle.on_probed(Verdict.from_wire(verdict), now_s)
             case DevicesChanged():

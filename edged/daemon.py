@@ -17,8 +17,9 @@ import select
 import signal
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from typing import Any, cast
 
@@ -84,6 +85,7 @@ from edged.events import WorkerGone as WorkerGoneEvent
 from edged.helper import Helper, Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
+from edged.messages import Route
 from edged.process import ProbeProcess, Spawner, WorkerGone, WorkerLimits, WorkerProcess
 from edged.repository import Entry, scan
 from edged.store import LastGood, Store, StoreError
@@ -144,7 +146,8 @@ class Daemon:
         self._limiter = RateLimiter()
         self._scan_at_s: float | None = 0.0
         self._scanning = False
-        self._inbox: list[Event] = []
+        self._unasked: set[Router] = set()
+        """ROUTERs that were used since they were last asked whether something waits."""
 
     def __enter__(self) -> Daemon:
         try:
@@ -182,9 +185,11 @@ class Daemon:
         pythons = {name: r.python for name, r in config.runtimes.items() if r.python is not None}
         self._spawner = Spawner(pythons=pythons, environ=os.environ)
         stack.callback(self._spawner.close)
+        cpus = available_cpus()
+        self._may_spin = cpus > 1
         machine = Machine(
             name=_cpu_name(),
-            cpus=available_cpus(),
+            cpus=cpus,
             memory_limit_bytes=memory_limit_bytes(config.resources.memory),
         )
         self._core = Core(
@@ -222,7 +227,8 @@ class Daemon:
             self._stack.callback(router.close)
             self._dir.claim(endpoint, group)
             self._routers[name] = router
-            self._epoll.register(router.fd, select.EPOLLIN)
+            self._unasked.add(router)
+            self._watch(router.fd, partial(self._unasked.add, router))
         self._events = bind_events(context, self._dir.events)
         self._stack.callback(self._events.close)
         self._dir.claim(self._dir.events, "edged")
@@ -264,6 +270,8 @@ class Daemon:
             ENDPOINT=config.server.endpoint,
         )
         self._core.lifecycle.restore((_entry_of(good), good.staged) for good in self._store.last_good())
+        for notice in self._store.notices:
+            self._journal.emit("store_failed", DETAIL=notice)
         if find_spec("onnxruntime") is not None and "onnxruntime" not in config.runtimes:
             # Nearly every model starts there: importing it now saves the first load that time.
             self._spawner.start_template("onnxruntime")
@@ -277,20 +285,42 @@ class Daemon:
         self._stop()
 
     def _turn(self) -> None:
-        routers = self._routers
-        for router in routers.values():
-            if router.readable():
-                self._receive(router)
+        # A ROUTER's descriptor tells of changes only, and any use of the socket may swallow one: after each
+        # use it is asked once more before the loop waits (zmq_getsockopt(3), ZMQ_FD).
+        for router in tuple(self._unasked):
+            if not self._receive(router):
+                self._unasked.discard(router)
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._timers(now_s)
-        waiting = any(r.readable() for r in routers.values())
-        timeout_s = 0.0 if waiting else max(0.0, self._due_s() - time.monotonic())
+        timeout_s = 0.0 if self._unasked else max(0.0, self._due_s() - now_s)
+        if timeout_s and self._spin(now_s):
+            return
         fds = self._fds
         for fd, _ in self._epoll.poll(timeout_s):
             ready = fds.get(fd)
             if ready is not None:
                 ready()
+
+    def _spin(self, now_s: float) -> bool:
+        """While a short run is out, looks for its answer without sleeping: a wake-up costs more than the run.
+
+        True when something was found. Bounded by the core's estimate, and only where another CPU is free.
+        """
+        until_s = self._core.spin_until_s
+        if now_s >= until_s or not self._may_spin:
+            return False
+        poll, fds = self._epoll.poll, self._fds
+        while time.monotonic() < until_s:
+            found = poll(0)
+            if found:
+                for fd, _ in found:
+                    ready = fds.get(fd)
+                    if ready is not None:
+                        ready()
+                return True
+            os.sched_yield()
+        return False
 
     _next_s = 0.0
     """When `_timers` is to run at the latest; kept current by `_due_s`."""
@@ -318,6 +348,7 @@ class Daemon:
         for router in self._routers.values():
             if router.has_backlog:
                 router.flush()
+                self._unasked.add(router)
         if self._reaping or self._doomed:
             self._reap(now_s)
         if self._scan_at_s is not None and now_s >= self._scan_at_s and not self._scanning:
@@ -348,19 +379,22 @@ class Daemon:
         if isinstance(what, RequestArrived):
             error = Internal(f"a fault of edged; the log has it as incident {incident}", reason="DAEMON_BUG")
             header = {"id": what.request.id, "error": error.to_wire()}
-            self._routers[what.socket].send(what.route, [wire.encode(header)])
+            self._send(what.socket, what.route, [wire.encode(header)])
 
     def _note_bug(self, text: str, incident: str = "") -> None:
         self._journal.emit("daemon_bug", DETAIL=text, INCIDENT=incident or None)
 
     # ------------------------------------------------------------------ what comes in
 
-    def _receive(self, router: Router) -> None:
+    def _receive(self, router: Router) -> bool:
+        """Serves what waits at a ROUTER, within bounds; whether there may be more."""
         for _ in range(MESSAGES_PER_TURN):
+            if not router.readable():
+                return False
             message = router.receive()
-            if message is None:
-                return
-            self._step(self._decode(router.name, message))
+            if message is not None:
+                self._step(self._decode(router.name, message))
+        return True
 
     def _decode(self, name: str, message: Incoming) -> Event:
         frames = message.frames
@@ -532,13 +566,18 @@ class Daemon:
                 f"model '{effect.name}': its worker's answer was out of bounds", reason="WORKER_FAULT"
             )
             header = {"id": effect.job.request_id, "error": error.to_wire()}
-            self._routers["infer"].send(effect.job.route, [wire.encode(header)])
+            self._send("infer", effect.job.route, [wire.encode(header)])
             process.kill()
             return
         frames = wire.encode_infer_reply(
             effect.job.request_id, effect.name, effect.version, outputs, effect.parameters
         )
-        self._routers["infer"].send(effect.job.route, frames)
+        self._send("infer", effect.job.route, frames)
+
+    def _send(self, socket: str, route: Route, frames: Sequence[bytes | memoryview]) -> None:
+        router = self._routers[socket]
+        router.send(route, frames)
+        self._unasked.add(router)
 
     def _shrink(self) -> None:
         for process in self._workers.values():
@@ -625,8 +664,12 @@ class Daemon:
 
     def _prepare_load(self, effect: PrepareLoad) -> None:
         def task() -> list[Event]:
-            self._store.begin_attempt(effect.digest)
-            return [LoadPrepared(effect.instance, False, self._store.recall_choice(effect.choice_key))]
+            try:
+                self._store.begin_attempt(effect.digest)
+            except StoreError as e:
+                # A full disk is no reason not to serve: only a machine that dies of this load is not told on.
+                self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
+            return [LoadPrepared(effect.instance, self._store.recall_choice(effect.choice_key))]
 
         self._helper.give(task)
 
@@ -643,7 +686,10 @@ class Daemon:
         """A change of the store's books that brings no event."""
 
         def task() -> list[Event]:
-            call(self._store)
+            try:
+                call(self._store)
+            except StoreError as e:
+                self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
             return []
 
         self._helper.give(task)
@@ -686,7 +732,7 @@ class Daemon:
 
     def _effect_table(self) -> dict[type[Effect], Callable[[Any], None]]:
         return {
-            Reply: lambda e: self._routers[e.socket].send(e.route, [wire.encode(e.header)]),
+            Reply: lambda e: self._send(e.socket, e.route, [wire.encode(e.header)]),
             SendResult: self._send_result,
             StartRun: self._start_run,
             CancelRun: lambda e: self._tell(e.worker, ["cancel", e.run_id]),

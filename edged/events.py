@@ -174,7 +174,6 @@ class LoadPrepared(Event, frozen=True):
     """The attempt to load is on record; `choice` is what was remembered for this content here."""
 
     instance: int
-    quarantined: bool
     choice: dict[str, Any] | None
 
 
@@ -319,7 +318,6 @@ class PrepareLoad(Effect, frozen=True):
     instance: int
     digest: str
     choice_key: str
-    clear_quarantine: bool = False
 
 
 class EndAttempt(Effect, frozen=True):

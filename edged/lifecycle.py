@@ -551,9 +551,7 @@ class Lifecycle:
         size: int = instance.staged.size_bytes
         return 2 * size + 64 * 1024 * 1024
 
-    def on_load_prepared(
-        self, instance_id: int, quarantined: bool, choice: Mapping[str, Any] | None, now_s: float
-    ) -> None:
+    def on_load_prepared(self, instance_id: int, choice: Mapping[str, Any] | None, now_s: float) -> None:
         """The attempt is on record; start the worker."""
         instance = self.instances.get(instance_id)
         if instance is None or instance.state is not InstanceState.PREPARING:

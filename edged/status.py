@@ -81,7 +81,7 @@ def repository_index(lifecycle: Lifecycle) -> list[dict[str, str]]:
     rows = []
     for track in _ordered(lifecycle.tracks.values()):
         rows += [
-            _index_row(track.name, str(i.version), i.oip_state(), i.message or i.reason)
+            _index_row(track.name, str(i.version), i.oip_state(), i.message or i.reason, i.staged.digest)
             for i in track.instances()
         ]
         row = _failure_row(track)
@@ -95,17 +95,18 @@ def _failure_row(track: Track) -> dict[str, str] | None:
     failure = track.failure
     if failure is not None:
         version = "" if failure.version is None else str(failure.version)
-        return _index_row(track.name, version, "UNAVAILABLE", f"{failure.reason}: {failure.message}")
+        text = f"{failure.reason}: {failure.message}"
+        return _index_row(track.name, version, "UNAVAILABLE", text, failure.digest)
     if track.instances():
         return None
     version = "" if track.explicit_version is None else str(track.explicit_version)
     if track.unloaded:
-        return _index_row(track.name, version, "UNAVAILABLE", "MODEL_UNLOADED: unloaded by request")
-    return _index_row(track.name, version, "LOADING", "being copied into the store")
+        return _index_row(track.name, version, "UNAVAILABLE", "MODEL_UNLOADED: unloaded by request", "")
+    return _index_row(track.name, version, "LOADING", "being copied into the store", "")
 
 
-def _index_row(name: str, version: str, state: str, reason: str) -> dict[str, str]:
-    return {"name": name, "version": version, "state": state, "reason": reason}
+def _index_row(name: str, version: str, state: str, reason: str, digest: str) -> dict[str, str]:
+    return {"name": name, "version": version, "state": state, "reason": reason, "sha256": digest}
 
 
 def _ordered(tracks: Iterable[Track]) -> list[Track]:
