@@ -30,6 +30,7 @@ from edged.runtimes.base import (
     refuse_dangerous_onnx,
     silence_telemetry,
 )
+from edged.runtimes.onnxfile import unranked
 from edged.tensors import TensorSpec
 
 silence_telemetry()
@@ -79,7 +80,7 @@ _ERRORS_OF_THE_MODEL = (
 class _OnnxModel:
     """A session on one device; see `base.Model`."""
 
-    def __init__(self, session: Any, *, device: str, precision: str, threads: int) -> None:
+    def __init__(self, session: Any, path: str, *, device: str, precision: str, threads: int) -> None:
         self._session = session
         self._run = session.run
         self._options = ort.RunOptions()
@@ -88,8 +89,9 @@ class _OnnxModel:
         self.precision = precision
         self.threads = threads
         self.fallback_reason: str | None = None
-        self.inputs = _input_specs(session)
-        self.outputs = tuple(_spec(arg, "output") for arg in session.get_outputs())
+        free = _free_ranks(session, path)
+        self.inputs = _input_specs(session, free)
+        self.outputs = tuple(_spec(arg, "output", free) for arg in session.get_outputs())
         self.metadata = _metadata(session.get_modelmeta())
         self._bf16_inputs = frozenset(s.name for s in self.inputs if s.datatype == "BF16")
         self._bytes_inputs = frozenset(s.name for s in self.inputs if s.datatype == "BYTES")
@@ -186,7 +188,9 @@ class OnnxRuntime:
         cancel.check()
         if request.device != "CPU":
             _check_on_cuda(session, request.device)
-        return _OnnxModel(session, device=request.device, precision=precision, threads=request.threads)
+        return _OnnxModel(
+            session, request.path, device=request.device, precision=precision, threads=request.threads
+        )
 
     def full_name(self, device: str) -> str:
         return _cuda_name(device) if device.startswith("CUDA:") else _cpu_name()
@@ -302,17 +306,24 @@ def _cuda_lives(device: str) -> bool:
     return True
 
 
-def _input_specs(session: Any) -> tuple[TensorSpec, ...]:
-    specs = [_spec(arg, "input") for arg in session.get_inputs()]
+def _free_ranks(session: Any, path: str) -> frozenset[str]:
+    """The inputs and outputs of any rank; the session shows them as scalars, so the file is asked."""
+    if all(arg.shape for arg in (*session.get_inputs(), *session.get_outputs())):
+        return frozenset()
+    return unranked(path)
+
+
+def _input_specs(session: Any, free: frozenset[str]) -> tuple[TensorSpec, ...]:
+    specs = [_spec(arg, "input", free) for arg in session.get_inputs()]
     initializers = session.get_overridable_initializers()
     if len(initializers) <= OVERRIDABLE_MAX:
         for arg in initializers:
-            spec = _spec(arg, "input")
+            spec = _spec(arg, "input", frozenset())
             specs.append(TensorSpec(spec.name, spec.datatype, spec.shape, optional=True))
     return tuple(specs)
 
 
-def _spec(arg: Any, kind: str) -> TensorSpec:
+def _spec(arg: Any, kind: str, free: frozenset[str]) -> TensorSpec:
     """The spec of an input or output; raises LoadFailed for a type that the protocol cannot carry."""
     text: str = arg.type
     optional = text.startswith("optional(")
@@ -329,7 +340,7 @@ def _spec(arg: Any, kind: str) -> TensorSpec:
             f"{kind} '{arg.name}' is a {arg.type}, which the protocol has no datatype for",
             code=Code.UNIMPLEMENTED,
         )
-    if datatype in ("SEQUENCE", "MAP", "OPTIONAL") or arg.shape is None:
+    if datatype in ("SEQUENCE", "MAP", "OPTIONAL") or arg.shape is None or arg.name in free:
         return TensorSpec(arg.name, datatype, None, optional=optional and kind == "input")
     return TensorSpec(
         arg.name,
