@@ -138,7 +138,8 @@ class Spawner:
     def spawn(self, runtime: str, *, gpu: bool, limits: WorkerLimits, slots: int) -> WorkerProcess:
         """Starts a worker and returns at once; it says hello when it is ready.
 
-        Forked from the runtime's template, or exec'd for a GPU, whose driver must not be forked.
+        Forked from the runtime's template, or exec'd for a GPU, whose driver must not be forked. To be
+        called from the main thread only: the kernel ends workers when the thread that made them ends.
         """
         return self._exec(runtime, limits, slots) if gpu else self._fork(runtime, limits, slots)
 
@@ -523,8 +524,8 @@ def describe_exit(status: int) -> str:
 
 def bootstrap(module: str) -> list[str]:
     """The interpreter's arguments that run `edged.MODULE`'s main; its own argument comes after them."""
-    # -B: a service writes nowhere but to its own directories; -s: nor reads the user's.
-    return ["-B", "-s", "-c", _BOOTSTRAP, str(_PACKAGE), module]
+    # -B: a service writes nowhere but to its own directories.
+    return ["-B", "-c", _BOOTSTRAP, str(_PACKAGE), module]
 
 
 def _installed(runtime: str) -> bool:

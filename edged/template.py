@@ -40,6 +40,7 @@ def main(arguments: Sequence[str]) -> NoReturn:
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         signal.signal(ignored, signal.SIG_IGN)
     silence_telemetry()
+    worker.close_other_fds((settings["fd"],))
     with socket.socket(fileno=settings["fd"]) as orders:
         try:
             runtime = create_runtime(settings["runtime"])

@@ -47,7 +47,7 @@ from edged.runtimes.base import (
     silence_telemetry,
 )
 
-__all__ = ["Worker", "WorkerSettings", "confine", "main", "run_worker"]
+__all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "run_worker"]
 
 PACKET_BYTES_MAX = 256 * 1024
 """Room for any packet: the kernel's default bound is 212,960 bytes."""
@@ -260,7 +260,7 @@ class Worker:
         elif kind == "cancel":
             self._cancel(packet[1])
         elif kind == "unload":
-            self._unload(packet[1])
+            threading.Thread(target=self._unload, args=(packet[1],), name="unloader", daemon=True).start()
         elif kind == "shrink":
             for loaded in list(self._models.values()):
                 loaded.model.shrink()
@@ -285,7 +285,9 @@ class Worker:
     def _unload(self, instance: int) -> None:
         loaded = self._models.pop(instance, None)
         if loaded is not None:
-            while self._running_model is loaded.model:
+            # Whatever began before it was taken away may use it; what begins now does not find it.
+            going_on = self._running
+            while going_on is not None and self._running == going_on:
                 time.sleep(CANCEL_PAUSE_S)
             loaded.model.close()
             del loaded
@@ -470,11 +472,6 @@ def confine(settings: WorkerSettings) -> None:
     prctl(_PR_SET_NAME, f"edged:{settings.runtime}"[:15].encode(), 0, 0, 0)
     for ignored in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGXFSZ, signal.SIGPIPE):
         signal.signal(ignored, signal.SIG_IGN)
-    keep = {0, 1, 2, settings.data_fd, settings.control_fd}
-    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
-        if fd not in keep:
-            with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
-                os.close(fd)
     os.dup2(2, 1)  # what a library prints is no answer to anybody
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     for limit, value in (
@@ -487,6 +484,14 @@ def confine(settings: WorkerSettings) -> None:
             resource.setrlimit(limit, (value, value))
     with contextlib.suppress(OSError):
         Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE))
+
+
+def close_other_fds(keep: Sequence[int]) -> None:
+    """Closes what was inherited; before a runtime is imported, which may open descriptors of its own."""
+    for fd in [int(name) for name in os.listdir("/proc/self/fd")]:
+        if fd > 2 and fd not in keep:
+            with contextlib.suppress(OSError):  # the listing's own descriptor is closed by now
+                os.close(fd)
 
 
 def run_worker(settings: WorkerSettings, runtimes: Mapping[str, Runtime]) -> NoReturn:
@@ -516,5 +521,6 @@ def main(arguments: Sequence[str]) -> NoReturn:
     """An exec'd worker: one argument, the settings as JSON."""
     silence_telemetry()
     settings = WorkerSettings(**json.loads(arguments[0]))
+    close_other_fds((settings.data_fd, settings.control_fd))
     runtimes = {} if not settings.runtime else {settings.runtime: create_runtime(settings.runtime)}
     run_worker(settings, runtimes)

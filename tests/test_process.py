@@ -143,6 +143,28 @@ def test_broken_runtime_is_told(tmp_path: Path) -> None:
         worker.process.close()
 
 
+def test_template_with_threads_execs(tmp_path: Path) -> None:
+    """A runtime whose import starts a thread is not forked: the template execs, and we are the parent."""
+    package = tmp_path / "openvino"
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        "import threading\n"
+        "threading.Thread(target=threading.Event().wait, daemon=True).start()\n"
+        "__version__ = '9.9-threads'\n"
+    )
+    (package / "frontend.py").write_text("FrontEndManager = None\n")
+    with (
+        Spawner(pythons={}, environ={**os.environ, "PYTHONPATH": str(tmp_path)}) as spawner,
+        Handle(spawner, "openvino") as worker,
+    ):
+        _, pid, versions = worker.control("hello")
+        assert versions == {"openvino": "9.9"}
+        assert "worker" in Path(f"/proc/{pid}/cmdline").read_text().split("\0")
+        assert status_of(pid)["PPid"] == str(os.getpid())
+        worker.ask("exit")
+        assert worker.ended() == "exit 0"
+
+
 def test_template_has_one_thread(spawner: Spawner) -> None:
     """What is forked has one thread, with either real runtime imported."""
     for runtime in ("onnxruntime", "openvino"):

@@ -40,6 +40,8 @@ class Handle:
             else spawner.spawn(runtime, gpu=gpu, limits=limits, slots=2)
         )
         self._runs = 0
+        self._said: list[list[Any]] | None = None
+        self._answers: list[list[Any]] = []
 
     def __enter__(self) -> Handle:
         return self
@@ -51,13 +53,7 @@ class Handle:
 
     def control(self, kind: str) -> list[Any]:
         """The next packet of the control channel, which must be of this kind."""
-        if not hasattr(self, "_said"):
-            self._said: list[list[Any]] = []
-        deadline = time.monotonic() + WAIT_S
-        while not self._said:
-            _wait_readable(self.process.control_fd, deadline)
-            self._said += self.process.recv_control()
-        packet = self._said.pop(0)
+        packet = self._next_said()
         assert packet[0] == kind, packet
         return packet
 
@@ -67,10 +63,15 @@ class Handle:
 
     def load(self, path: Path, instance: int = 1, **settings: Any) -> list[Any]:
         """Loads and returns what the worker says: loaded or load_failed."""
-        if self.process.pid is None or not hasattr(self, "_said"):
+        if self._said is None:
             self.control("hello")
         wanted = {"path": str(path), "format": "onnx", "runtime": self.runtime, "device": "CPU", "threads": 1}
         self.ask("load", instance, {**wanted, **settings})
+        return self._next_said()
+
+    def _next_said(self) -> list[Any]:
+        if self._said is None:
+            self._said = []
         deadline = time.monotonic() + WAIT_S
         while not self._said:
             _wait_readable(self.process.control_fd, deadline)
@@ -96,12 +97,10 @@ class Handle:
     def answer(self) -> list[Any]:
         """The next answer. Raises WorkerGone."""
         deadline = time.monotonic() + WAIT_S
-        while True:
+        while not self._answers:
             _wait_readable(self.process.data_fd, deadline)
-            packets = self.process.recv_data()
-            if packets:
-                (packet,) = packets
-                return packet
+            self._answers += self.process.recv_data()
+        return self._answers.pop(0)
 
     def infer(self, inputs: Mapping[str, Any], **where: Any) -> dict[str, Any]:
         """Runs and returns the outputs as arrays, or as (datatype, data) where they are none."""

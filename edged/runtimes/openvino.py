@@ -36,6 +36,7 @@ from edged.tensors import TensorSpec
 silence_telemetry()
 
 import openvino as ov  # noqa: E402 - it sends an event on import unless that was silenced before
+from openvino.frontend import FrontEndManager  # noqa: E402 - comes with it
 
 __all__ = ["OpenVino", "create"]
 
@@ -165,7 +166,7 @@ class OpenVino:
             refuse_dangerous_onnx(request.path)
         core = ov.Core()
         try:
-            model = core.read_model(request.path)
+            model = _read(core, request)
         except Exception as e:
             raise _load_failed("MODEL_INVALID", e, code=Code.INVALID_ARGUMENT) from e
         cancel.check()
@@ -210,6 +211,14 @@ class OpenVino:
 def create() -> OpenVino:
     """The runtime; what every runtime's module has."""
     return OpenVino()
+
+
+def _read(core: Any, request: LoadRequest) -> Any:
+    if request.format != "onnx":
+        return core.read_model(request.path)
+    # The frontend by name: read_model would offer a broken file to every parser that it has.
+    frontend = FrontEndManager().load_by_framework("onnx")
+    return frontend.convert(frontend.load(request.path))
 
 
 def _properties(request: LoadRequest) -> dict[str, Any]:
