@@ -52,7 +52,10 @@ def main(arguments: Sequence[str]) -> NoReturn:
         threads = len(os.listdir("/proc/self/task"))
         orders.send(msgpack.packb(["ready", {runtime.name: runtime.version}, threads]))
         while True:
-            raw, fds, _, _ = socket.recv_fds(orders, SPAWN_BYTES_MAX, 2)
+            try:
+                raw, fds, _, _ = socket.recv_fds(orders, SPAWN_BYTES_MAX, 2)
+            except ConnectionResetError:  # the supervisor left with something of ours unread
+                os._exit(0)
             if not raw:
                 os._exit(0)
             _, spawn_id, wanted = msgpack.unpackb(raw)

@@ -8,7 +8,6 @@ daemon can be tested without one. `check_runtime` is what a new runtime has to p
 from __future__ import annotations
 
 import json
-import os
 import signal
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -108,7 +107,7 @@ class _FakeModel:
         if self._behaviour == "raise":
             raise RunFailed(Code.INTERNAL, "RUNTIME_ERROR", "the fake model raises, as it was told")
         if self._behaviour == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # at this thread, at once, as a real one comes
         if self._behaviour == "eat":
             eaten = []
             while True:
@@ -131,7 +130,7 @@ class FakeRuntime:
         except (OSError, ValueError, KeyError, TypeError) as e:
             raise LoadFailed("MODEL_INVALID", "this is no fake model", code=Code.INVALID_ARGUMENT) from e
         if behaviour == "crash":
-            os.kill(os.getpid(), signal.SIGSEGV)
+            signal.raise_signal(signal.SIGSEGV)  # at this thread, at once, as a real one comes
         if behaviour == "hang":
             cancel.requested.wait(HANG_S)
         cancel.check()
