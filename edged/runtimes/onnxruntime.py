@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import math
 import platform
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -62,6 +63,9 @@ _ONNX_BFLOAT16 = 16
 
 SPIN_US = 200
 """How long a pool thread spins for the next operator before it sleeps."""
+
+SPIN_DURATION_SINCE = (1, 26)
+"""Older releases do not know the duration; there, spinning ends with the run, which was as fast."""
 
 OVERRIDABLE_MAX = 64
 """Initializers shown as optional inputs; a model that has more was exported with its weights as inputs."""
@@ -209,11 +213,19 @@ def _session_options(threads: int) -> Any:
     options.intra_op_num_threads = threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
-    options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    if _release() >= SPIN_DURATION_SINCE:
+        options.add_session_config_entry("session.intra_op.spin_duration_us", str(SPIN_US))
+    else:
+        options.add_session_config_entry("session.force_spinning_stop", "1")
     options.add_session_config_entry("session.inter_op.allow_spinning", "0")
     # Tells which nodes run where; unknown keys are ignored by older versions.
     options.add_session_config_entry("session.record_ep_graph_assignment_info", "1")
     return options
+
+
+def _release() -> tuple[int, int]:
+    major, minor = str(ort.__version__).split(".")[:2]
+    return int(major), int(minor)
 
 
 def _providers(device: str, precision: str) -> tuple[list[Any], str]:
@@ -383,8 +395,9 @@ def _from_ort_value(value: Any) -> Any:
         return None
     if value.is_tensor() and value.element_type() == _ONNX_BFLOAT16:
         # numpy has no such type and OrtValue.numpy() refuses, so the bytes are copied from where they lie.
-        raw = ctypes.string_at(value.data_ptr(), value.tensor_size_in_bytes())
-        return np.frombuffer(raw, np.uint16).reshape(value.shape())
+        shape = tuple(value.shape())
+        raw = ctypes.string_at(value.data_ptr(), 2 * math.prod(shape))
+        return np.frombuffer(raw, np.uint16).reshape(shape)
     return value.numpy()
 
 

@@ -58,6 +58,10 @@ _DATATYPES = {
 
 _FORMATS = ("onnx", "openvino_ir")
 
+_INT32 = np.iinfo(np.int32)
+_WIDE = ("INT64", "UINT64")
+"""What OpenVINO computes in 32 bits without a word: 2**31 comes back as -2**31."""
+
 QUICK_RUN_NS = 2_000_000
 """A run this short ends before a cancel could arrive."""
 
@@ -83,6 +87,7 @@ class _OpenVinoModel:
         self.metadata = _metadata(model)
         self._input_at = {s.name: (at, s.datatype) for at, s in enumerate(self.inputs)}
         self._output_at = {s.name: (at, DTYPES[s.datatype]) for at, s in enumerate(self.outputs)}
+        self._wide_inputs = tuple(s.name for s in self.inputs if s.datatype in _WIDE)
 
     def run(self, feeds: Mapping[str, Any], output_names: Sequence[str]) -> list[Any]:
         request = self._request
@@ -90,6 +95,8 @@ class _OpenVinoModel:
         missing = [s.name for s in self.inputs if s.name not in feeds]
         if missing:
             raise RunFailed(Code.INVALID_ARGUMENT, "MISSING_INPUT", f"inputs {missing} are missing")
+        for name in self._wide_inputs:
+            _refuse_wide(name, feeds[name])
         try:
             for name, array in feeds.items():
                 at, datatype = self._input_at[name]
@@ -315,6 +322,16 @@ def _tensor(array: Any, datatype: str) -> Any:
     if array.flags.writeable and array.flags.c_contiguous:
         return ov.Tensor(array, shared_memory=True)
     return ov.Tensor(array, shared_memory=False)
+
+
+def _refuse_wide(name: str, array: Any) -> None:
+    if array.size and (array.max() > _INT32.max or array.min() < _INT32.min):
+        raise RunFailed(
+            Code.INVALID_ARGUMENT,
+            "OUT_OF_RANGE",
+            f"input '{name}' has an integer beyond 32 bits, which OpenVINO would cut off; "
+            'set runtime = "onnxruntime" in the model\'s settings',
+        )
 
 
 def _input_name(port: Any) -> str:
