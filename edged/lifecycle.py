@@ -46,6 +46,7 @@ from edged.events import (
 from edged.instances import SLOTS_PER_WORKER, Failure, Instance, InstanceState, Machine, Track, Worker
 from edged.repository import Entry, Folder, Snapshot
 from edged.tensors import TensorSpec
+from edged.wire import cut
 
 __all__ = ["Hooks", "Lifecycle"]
 
@@ -142,7 +143,7 @@ class Lifecycle:
                     retry_after_ms=200,
                 )
             raise NotFound(
-                f"no model '{name[:128]}'; there are: {', '.join(sorted(self.names())[:20]) or 'none yet'}",
+                f"no model '{cut(name)}'; there are: {', '.join(sorted(self.names())[:20]) or 'none yet'}",
                 reason="MODEL_NOT_FOUND",
             )
         admitting = [t.serving for t in tracks if t.serving is not None and t.serving.admits]
@@ -155,7 +156,7 @@ class Lifecycle:
                 t.failure is not None and str(t.failure.version) == version for t in tracks
             ):
                 raise NotFound(
-                    f"model '{name}' has no version '{version[:32]}'; "
+                    f"model '{name}' has no version '{cut(version)}'; "
                     f"it serves {', '.join(str(i.version) for i in admitting) or 'none'}",
                     reason="VERSION_NOT_FOUND",
                 )
@@ -397,7 +398,7 @@ class Lifecycle:
         if not tracks:
             self._emit(Scan(0.0))
             raise NotFound(
-                f"no model '{name[:128]}' in the folder; `edgectl put FILE` publishes one",
+                f"no model '{cut(name)}' in the folder; `edgectl put FILE` publishes one",
                 reason="MODEL_NOT_FOUND",
             )
         for track in tracks:
@@ -410,7 +411,7 @@ class Lifecycle:
         """Stops serving a model until it is asked for, or its bytes change."""
         tracks = self._named(name)
         if not tracks:
-            raise NotFound(f"no model '{name[:128]}'", reason="MODEL_NOT_FOUND")
+            raise NotFound(f"no model '{cut(name)}'", reason="MODEL_NOT_FOUND")
         for track in tracks:
             track.unloaded = True
             self._abandon_incoming(track, now_s)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from edged.errors import NotFound
 from edged.instances import Instance, InstanceState, Track
 from edged.lifecycle import Lifecycle
-from edged.wire import PROTOCOL_VERSIONS
+from edged.wire import PROTOCOL_VERSIONS, cut
 
 if TYPE_CHECKING:
     from edged.core import Core
@@ -68,7 +68,7 @@ def model_statistics(core: Core, name: str, version: str) -> list[dict[str, Any]
     """One entry for each version that serves; raises NotFound for a model that is not there."""
     lifecycle = core.lifecycle
     if name and name not in lifecycle.names():
-        raise NotFound(f"no model '{name[:128]}'", reason="MODEL_NOT_FOUND")
+        raise NotFound(f"no model '{cut(name)}'", reason="MODEL_NOT_FOUND")
     return [
         t.serving.stats.to_wire(t.name, str(t.serving.version))
         for t in _ordered(lifecycle.tracks.values())
