@@ -73,17 +73,17 @@ class Chooser:
         """When `step` may have something to do; None when everything is chosen."""
         if self._running is not None:
             return self._running.until_s
-        if self._next() is None:
+        if not self._lifecycle.ready or self._next() is None:
             return None
         return self._last_request_s + self._idle_needed_s
 
     def step(self, now_s: float) -> None:
         """Starts the next measurement when the daemon is idle."""
+        if self._running is not None and now_s >= self._running.until_s:
+            running = self._running
+            self._stop()
+            self._note(running, {"agrees": False, "proven": False, "why": "took too long"}, now_s)
         if self._running is not None:
-            if now_s >= self._running.until_s:
-                running = self._running
-                self._stop()
-                self._note(running, {"agrees": False, "proven": False, "why": "took too long"}, now_s)
             return
         if now_s < self._last_request_s + self._idle_needed_s or not self._lifecycle.ready:
             return

@@ -56,6 +56,7 @@ from edged.events import (
     StageFailed,
     StartRun,
     Tick,
+    UnloadInstance,
     WorkerGone,
     WorkerHello,
 )
@@ -170,6 +171,8 @@ class Core:
             self._on_slow(event, now_s)
             self.chooser.step(now_s)
             self._slow_due_s = self._slow_due(now_s)
+        if self.stopping:
+            self._maybe_exit()
         out, self._out = self._out, []
         return out
 
@@ -425,8 +428,6 @@ class Core:
         if run.instance.state is InstanceState.DRAINING:
             self.lifecycle.check_drained(run.instance, now_s)
             self._slow_due_s = self._slow_due(now_s)
-        if self.stopping:
-            self._maybe_exit()
 
     def _answer(self, job: Job, instance: Instance | None, error: EdgedError, now_s: float) -> None:
         """Answers a job with an error; its run, if it has one, ends on its own."""
@@ -506,10 +507,8 @@ class Core:
             self.lifecycle.tick(now_s)
             self.chooser.step(now_s)
             self._slow_due_s = self._slow_due(now_s)
-        if self.stopping:
-            if now_s >= self._stop_at_s:
-                self._answer_rest(now_s)
-            self._maybe_exit()
+        if self.stopping and now_s >= self._stop_at_s:
+            self._answer_rest(now_s)
 
     def _check_runs(self, now_s: float) -> None:
         """Stops runs past their hard limit, and kills workers whose runs do not stop."""
@@ -534,7 +533,7 @@ class Core:
         self._slow_due_s = self._slow_due(now_s)
 
     def _maybe_exit(self) -> None:
-        if not self.scheduler.in_flight:
+        if not self.scheduler.in_flight and self._stop_at_s != math.inf:
             self._stop_at_s = math.inf
             self._out.append(Exit())
 
@@ -549,10 +548,7 @@ class Core:
         lifecycle = self.lifecycle
         match event:
             case InstanceLoaded(worker=worker_id, instance=instance, info=info):
-                lifecycle.on_loaded(instance, info, now_s)
-                worker = lifecycle.workers.get(worker_id)
-                if worker is not None:
-                    self._dispatch(worker, now_s)
+                self._on_loaded(worker_id, instance, info, now_s)
             case InstanceLoadFailed(instance=instance, reason=reason, message=message):
                 lifecycle.on_load_failed(instance, reason, message, now_s)
             case WorkerHello(worker=worker_id, pid=pid):
@@ -583,6 +579,19 @@ class Core:
                 self._on_shutdown(now_s)
             case _:
                 raise TypeError(f"no handler for {type(event).__name__}")
+
+    def _on_loaded(self, worker_id: int, instance_id: int, info: dict[str, Any], now_s: float) -> None:
+        lifecycle = self.lifecycle
+        instance = lifecycle.instances.get(instance_id)
+        worker = lifecycle.workers.get(worker_id)
+        if worker is None:
+            return
+        if instance is None or instance.worker != worker_id or instance.state is not InstanceState.LOADING:
+            # It was given up while the word was on its way: its memory must not stay behind.
+            self._out.append(UnloadInstance(worker_id, instance_id))
+            return
+        lifecycle.on_loaded(instance_id, info, now_s)
+        self._dispatch(worker, now_s)
 
     def _reprobe(self) -> None:
         for candidate, verdict in list(self.lifecycle.verdicts.items()):
@@ -635,7 +644,6 @@ class Core:
         self._stop_at_s = now_s + self.config.server.shutdown_grace_s
         self._emit(Publish("server.state", {"state": "stopping"}))
         self._out.append(Log("server_stopping", {"DETAIL": f"{self.scheduler.in_flight} requests in flight"}))
-        self._maybe_exit()
 
     # ------------------------------------------------------------------ methods
 

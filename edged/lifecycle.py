@@ -38,6 +38,7 @@ from edged.events import (
     Probe,
     Publish,
     Ready,
+    RememberChoice,
     Scan,
     Stage,
     StartWorker,
@@ -115,6 +116,11 @@ class Lifecycle:
         self._started_s = now_s
         self._ids = 0
         self._load_queue: list[Instance] = []
+        self._rounds = 0
+        """Asked of `step` since it began; 0 when it is not running."""
+        self._making_room: set[int] = set()
+        """Instances for whose sake the version before them was ended: they wait for no more memory."""
+        self._probe_wait_s: float | None = now_s + PROBE_WAIT_S
         self._memory_retry_s: float | None = None
         self._routes: dict[tuple[str, str], Instance] = {}
 
@@ -148,32 +154,41 @@ class Lifecycle:
             )
         admitting = [t.serving for t in tracks if t.serving is not None and t.serving.admits]
         if version:
-            found = [i for i in admitting if str(i.version) == version]
-            if found:
-                return found[0]
-            known = {str(i.version): i for t in tracks for i in t.instances()}
-            if version not in known and not any(
-                t.failure is not None and str(t.failure.version) == version for t in tracks
-            ):
+            admitting = [i for i in admitting if str(i.version) == version]
+            tracks = [t for t in tracks if self._may_have(t, version)]
+            if not tracks:
+                serves = [i for t in self._named(name) if (i := t.serving) is not None and i.admits]
                 raise NotFound(
                     f"model '{name}' has no version '{cut(version)}'; "
-                    f"it serves {', '.join(str(i.version) for i in admitting) or 'none'}",
+                    f"it serves {', '.join(str(i.version) for i in serves) or 'none'}",
                     reason="VERSION_NOT_FOUND",
                 )
-            tracks = [t for t in tracks if any(i is known.get(version) for i in t.instances())] or tracks
-        elif admitting:
+        if admitting:
             return max(admitting, key=lambda i: i.version)
-        raise self._unavailable(name, tracks)
+        raise self._unavailable(name, version, tracks)
 
-    def _unavailable(self, name: str, tracks: list[Track]) -> Unavailable:
+    @staticmethod
+    def _may_have(track: Track, version: str) -> bool:
+        """Whether a track has this version, or nothing yet that would tell which it has."""
+        if track.explicit_version is not None:
+            return str(track.explicit_version) == version
+        known = [i.version for i in (track.serving, track.incoming) if i is not None]
+        if track.failure is not None and track.failure.version is not None:
+            known.append(track.failure.version)
+        return version in map(str, known) or not known
+
+    def _unavailable(self, name: str, version: str, tracks: list[Track]) -> Unavailable:
         for track in tracks:
-            if track.serving is not None:
-                i = track.serving
-                return Unavailable(
-                    f"model '{name}': {i.message}", reason=i.reason, retry_after_ms=self._retry_ms(i)
-                )
-            if track.incoming is not None:
-                text = track.incoming.message or track.incoming.state.value
+            for instance in (track.serving, track.incoming):
+                if instance is None or version not in ("", str(instance.version)):
+                    continue
+                if instance is track.serving:
+                    return Unavailable(
+                        f"model '{name}': {instance.message}",
+                        reason=instance.reason,
+                        retry_after_ms=self._retry_ms(instance),
+                    )
+                text = instance.message or instance.state.value
                 return Unavailable(
                     f"model '{name}' is loading ({text}); ask again shortly",
                     reason="MODEL_LOADING",
@@ -247,17 +262,6 @@ class Lifecycle:
             Publish("server.state", {"state": "folder_fault" if fault else "folder_ok", "reason": fault})
         )
 
-    def _settle_boot(self, snapshot: Snapshot, now_s: float) -> None:
-        """After the first scan: what the store has and the folder has not."""
-        for key, track in list(self.tracks.items()):
-            if track.entry is not None:
-                continue
-            if snapshot.fault is not None:
-                self._bring_back(track, now_s)
-            elif key not in snapshot.entries:
-                self._emit(ForgetModel(*key))
-                del self.tracks[key]
-
     def _entry_changed(self, entry: Entry, now_s: float) -> None:
         track = self.tracks.setdefault(entry.key, Track(entry.name, entry.version))
         track.entry = entry
@@ -282,6 +286,10 @@ class Lifecycle:
         self._emit(ForgetModel(*key))
         self._publish_state(track.name, track.explicit_version, "UNAVAILABLE", "MODEL_REMOVED", "")
         self._changed()
+        rest = self._named(track.name)
+        if rest and all(other.superseded for other in rest):
+            # They only waited for this one to take their place.
+            self._entry_removed(rest[0].key, now_s)
 
     def _entry_superseded(self, key: tuple[str, int | None], now_s: float) -> None:
         """Another version of the same name came in its place: it serves until that one does."""
@@ -381,8 +389,8 @@ class Lifecycle:
         ):
             return
         entry, staged = track.last_good
-        track.last_good = None
         if track.failure is not None and self._failed_before(track.failure, entry, staged):
+            track.last_good = None
             return
         fields = {"MODEL": track.name, "MODEL_VERSION": str(staged.version)}
         why = self.folder_fault if track.failure is None else track.failure.message
@@ -462,7 +470,6 @@ class Lifecycle:
         """Sets the instance's candidates; False while a verdict is waited for, or when there are none."""
         settings = instance.settings
         devices = self.config.devices
-        waited = now_s - self._started_s >= PROBE_WAIT_S
         found = plan(
             selector=settings.device,
             runtime=settings.runtime,
@@ -472,7 +479,7 @@ class Lifecycle:
             order=devices.order,
             exclude=devices.exclude,
             preferred=instance.preferred,
-            may_wait=settings.device != "auto" or not waited,
+            may_wait=settings.device != "auto" or self._probe_wait_s is not None,
         )
         if found.waiting or (not found.candidates and None in self.verdicts.values()):
             instance.message = "waiting for the devices' verdicts"
@@ -490,29 +497,46 @@ class Lifecycle:
         return candidate.device
 
     def step(self, now_s: float) -> None:
-        """Starts the loads whose turn has come, and says when the daemon is ready."""
-        for instance in list(self._load_queue):
-            if instance.state is not InstanceState.WAITING:
-                self._load_queue.remove(instance)
-                continue
-            if not self._plan(instance, now_s):
-                continue
-            if not self._turn(instance):
-                continue
-            if not self._memory_allows(instance, now_s):
-                continue
-            track = instance.track
-            if instance.settings.swap == "replace" and track.serving is not None:
+        """Starts the loads whose turn has come, and says when the daemon is ready.
+
+        What it does leads back here (a refusal makes another's turn): that is one more round of the loop, not
+        a call within the call, which would find the queue changed under its feet.
+        """
+        self._rounds += 1
+        if self._rounds > 1:
+            return
+        try:
+            done = 0
+            while done < self._rounds:
+                done = self._rounds
+                for instance in list(self._load_queue):
+                    if instance.state is InstanceState.WAITING:
+                        self._begin(instance, now_s)
+        finally:
+            self._rounds = 0
+        self._say_ready(now_s)
+
+    def _begin(self, instance: Instance, now_s: float) -> None:
+        """Starts a waiting instance's load if it may."""
+        if not self._plan(instance, now_s) or not self._turn(instance):
+            return
+        track = instance.track
+        if instance.settings.swap == "replace":
+            if instance.id not in self._making_room and not self._memory_allows(instance, now_s):
+                return
+            self._making_room.add(instance.id)
+            if track.serving is not None:
                 track.last_good = (track.serving.entry, track.serving.staged)
                 self._drain(track.serving, "MODEL_LOADING", "making room for its next version", now_s)
-            if instance.settings.swap == "replace" and track.draining:
+            if track.draining:
                 instance.message = "waiting for the version before to end"
-                continue
-            self._load_queue.remove(instance)
-            instance.move(InstanceState.PREPARING, "MODEL_LOADING", "recording the attempt")
-            key = self.choice_key(instance.staged, instance.settings)
-            self._emit(PrepareLoad(instance.id, instance.staged.digest, key))
-        self._say_ready(now_s)
+                return
+        elif not self._memory_allows(instance, now_s):
+            return
+        self._load_queue.remove(instance)
+        instance.move(InstanceState.PREPARING, "MODEL_LOADING", "recording the attempt")
+        key = self.choice_key(instance.staged, instance.settings)
+        self._emit(PrepareLoad(instance.id, instance.staged.digest, key))
 
     def _turn(self, instance: Instance) -> bool:
         group = instance.plan[0].device
@@ -548,7 +572,8 @@ class Lifecycle:
         serving = instance.track.serving
         worker = None if serving is None else self.worker_of(serving)
         if worker is not None and worker.rss_bytes and not worker.shared:
-            return worker.rss_bytes
+            # One that takes the place of the version before needs only what that one did not.
+            return 0 if instance.settings.swap == "replace" else worker.rss_bytes
         size: int = instance.staged.size_bytes
         return 2 * size + 64 * 1024 * 1024
 
@@ -683,6 +708,8 @@ class Lifecycle:
 
     def _take_over(self, track: Track, instance: Instance, fields: dict[str, str], now_s: float) -> None:
         old, track.serving, track.incoming = track.serving, instance, None
+        track.last_good = None
+        instance.crashes = 0
         if track.failure is not None and track.entry is not None and instance.entry == track.entry:
             track.failure = None
         self._emit(EndAttempt(instance.staged.digest))
@@ -715,6 +742,11 @@ class Lifecycle:
         instance.errors.append((candidate, reason, message))
         if reason == "DEVICE_FAILED":
             self.probe(candidate)
+        serving = instance.track.serving
+        if serving is not None and self._same(serving, instance.entry, instance.staged):
+            self._stay(serving, instance, candidate, message)
+            self.step(now_s)
+            return
         # Another runtime may read what this one cannot; the same one elsewhere only mends a failed device.
         rest = [
             c
@@ -742,21 +774,42 @@ class Lifecycle:
         if self.tracks.get(track.key) is track:
             self._note_failure(track, failure, now_s)
 
+    def _stay(self, serving: Instance, instance: Instance, candidate: Candidate, message: str) -> None:
+        """A switch to a faster device failed: what serves goes on serving, and nothing is wrong with it."""
+        instance.move(InstanceState.FAILED, "SWITCH_FAILED", message)
+        instance.track.incoming = None
+        self._emit(EndAttempt(instance.staged.digest))
+        self._forget(instance)
+        serving.choice = "measured"
+        serving.measured[candidate] = {**serving.measured.get(candidate, {}), "agrees": False, "why": message}
+        fields = {"MODEL": serving.name, "RUNTIME": candidate.runtime, "DEVICE": candidate.device}
+        self._emit(Log("choice_measured", {**fields, "DETAIL": message}))
+        where = serving.plan[0]
+        key = self.choice_key(serving.staged, serving.settings)
+        self._emit(RememberChoice(key, {"runtime": where.runtime, "device": where.device}))
+
     def _abandon_incoming(self, track: Track, now_s: float) -> None:
         instance, track.incoming = track.incoming, None
         if instance is None:
             return
         if instance.state is InstanceState.LOADING:
-            worker = self.worker_of(instance)
-            if worker is not None and worker.shared:
-                self._emit(CancelLoad(worker.id, instance.id))
-            elif worker is not None:
-                self._kill(worker, "superseded", now_s)
+            self._stop_load(instance, now_s)
             self._emit(EndAttempt(instance.staged.digest))
         elif instance.state is InstanceState.PREPARING:
             self._emit(EndAttempt(instance.staged.digest))
         instance.move(InstanceState.GONE, "SUPERSEDED", "other content took its place")
         self._forget(instance)
+
+    def _stop_load(self, instance: Instance, now_s: float) -> None:
+        """Ends a load that is under way; a worker that others share lives on."""
+        worker = self.worker_of(instance)
+        if worker is None:
+            return
+        if worker.shared:
+            self._emit(CancelLoad(worker.id, instance.id))
+        else:
+            self._kill(worker, "superseded", now_s)
+        self._leave_worker(instance, now_s)
 
     # ------------------------------------------------------------------ ending
 
@@ -766,6 +819,8 @@ class Lifecycle:
             track.serving = None
         track.draining.append(instance)
         started = instance.state is InstanceState.READY
+        if instance.state is InstanceState.LOADING:
+            self._stop_load(instance, now_s)
         instance.move(InstanceState.DRAINING, reason, message)
         instance.due_s = now_s + DRAIN_S
         self._changed()
@@ -792,6 +847,7 @@ class Lifecycle:
         self.instances.pop(instance.id, None)
         if instance in self._load_queue:
             self._load_queue.remove(instance)
+        self._making_room.discard(instance.id)
         self._hooks.forget(instance)
 
     def _leave_worker(self, instance: Instance, now_s: float) -> None:
@@ -828,6 +884,8 @@ class Lifecycle:
             instance.worker = None
             text = f"its worker ended: {why}"
             if instance.state is InstanceState.DRAINING:
+                message = f"model '{instance.name}' was being replaced when {text}"
+                self._hooks.flush(instance, Unavailable(message, reason="WORKER_CRASHED", retry_after_ms=0))
                 self.check_drained(instance, now_s)
             elif instance.track.serving is instance:
                 self._emit(
@@ -843,8 +901,14 @@ class Lifecycle:
                 )
                 self._crashed(instance, "WORKER_CRASHED", text, now_s)
             elif instance.state is InstanceState.LOADING:
-                timed_out = why == "load time-out"
-                reason = "MODEL_LOAD_TIMEOUT" if timed_out else "WORKER_CRASHED"
+                # The tick that ran its time out has cleared its due time; a neighbour's still runs.
+                own = why != "load time-out" or instance.due_s is None
+                if len(worker.instances) > 1 and (not own or not instance.crashes):
+                    # Its neighbours may be to blame: once, or for another's time-out, it is tried again.
+                    instance.crashes += own
+                    self._start_load(instance, now_s)
+                    continue
+                reason = "MODEL_LOAD_TIMEOUT" if why == "load time-out" else "WORKER_CRASHED"
                 self.on_load_failed(instance_id, reason, f"while loading on {instance.plan[0]} {text}", now_s)
         if not worker.instances:
             self._emit(Log("worker_exited", {"PID": str(worker.pid or 0), "REASON": why}))
@@ -971,6 +1035,8 @@ class Lifecycle:
                 self._kill(worker, "did not exit when asked", now_s)
         if self._memory_retry_s is not None and self._memory_retry_s <= now_s:
             self._memory_retry_s = None
+        if self._probe_wait_s is not None and self._probe_wait_s <= now_s:
+            self._probe_wait_s = None
         self.step(now_s)
 
     def next_due_s(self) -> float | None:
@@ -981,7 +1047,8 @@ class Lifecycle:
             due.append(self._memory_retry_s)
         if not self.ready:
             due.append(self._started_s + self.config.server.startup_wait_s)
-            due.append(self._started_s + PROBE_WAIT_S)
+        if self._probe_wait_s is not None:
+            due.append(self._probe_wait_s)
         return min(due, default=None)
 
     def _say_ready(self, now_s: float) -> None:
@@ -997,6 +1064,7 @@ class Lifecycle:
         if settled or now_s >= self._started_s + self.config.server.startup_wait_s:
             self.ready = True
             self._emit(Ready())
+            self._emit(Publish("server.state", {"state": "ready"}))
 
     # ------------------------------------------------------------------ telling
 
