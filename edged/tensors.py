@@ -181,14 +181,22 @@ def check_bytes_elements(name: str, raw: bytes | memoryview, count: int) -> None
         )
 
 
-def _flatten(name: str, data: Sequence[Any], depth: int) -> Iterator[Any]:
+def _flatten(name: str, data: Sequence[Any], shape: Sequence[int], depth: int = 0) -> Iterator[Any]:
+    """The elements of a list that is flat, or nested exactly as its shape is."""
+    nested = sum(1 for item in data if isinstance(item, (list, tuple)))
+    last = len(shape) - 1
+    if not nested and depth == 0:
+        yield from data
+        return
+    if depth > last or len(data) != shape[depth] or nested != (0 if depth == last else len(data)):
+        raise InvalidArgument(
+            f"input '{name}': data is not nested as its shape {shape_text(shape)} says; "
+            "send it flat, or as lists of lists of those sizes",
+            reason="BAD_DATA",
+        )
     for item in data:
-        if isinstance(item, (list, tuple)):
-            if depth <= 0:
-                raise InvalidArgument(
-                    f"input '{name}': data is nested deeper than its shape", reason="BAD_DATA"
-                )
-            yield from _flatten(name, item, depth - 1)
+        if nested:
+            yield from _flatten(name, item, shape, depth + 1)
         else:
             yield item
 
@@ -200,7 +208,7 @@ def pack_list(name: str, datatype: str, data: Sequence[Any], shape: Sequence[int
     rounded or cut except what a float of that width rounds.
     """
     count = element_count(name, shape)
-    flat = list(_flatten(name, data, len(shape)))
+    flat = list(_flatten(name, data, shape))
     if len(flat) != count:
         raise InvalidArgument(
             f"input '{name}': shape {shape_text(shape)} holds {count} elements, data has {len(flat)}",
@@ -225,11 +233,11 @@ def _pack_flat(datatype: str, flat: list[Any]) -> bytes:
         return b"".join(parts)
     if datatype == "BOOL":
         for item in flat:
-            if not isinstance(item, bool) and item not in (0, 1):
-                raise TypeError(f"{item!r} where true or false is needed")
+            if not isinstance(item, bool) and (type(item) is not int or item not in (0, 1)):
+                raise TypeError(f"{type(item).__name__} where true or false is needed")
         return bytes(1 if item else 0 for item in flat)
     if datatype == "BF16":
-        return b"".join(struct.pack("<H", _bf16(float(item))) for item in flat)
+        return b"".join([struct.pack("<H", _bf16(item)) for item in flat])
     return struct.pack(f"<{len(flat)}{_STRUCT_CODE[datatype]}", *flat)
 
 
