@@ -131,10 +131,14 @@ class Scheduler:
         self._push(job)
 
     def _push(self, job: Job) -> None:
-        heapq.heappush(
-            self._queues.setdefault(job.instance, []), (job.priority, job.deadline_s, job.seq, job)
-        )
-        self._lengths[job.instance] = self._lengths.get(job.instance, 0) + 1
+        queue = self._queues.setdefault(job.instance, [])
+        length = self._lengths.get(job.instance, 0)
+        if len(queue) > 2 * length + 64:
+            # Answered jobs stay in the heap until they come up; asking and cancelling must not fill it.
+            queue[:] = [row for row in queue if row[3].state is JobState.QUEUED and row[3] is not job]
+            heapq.heapify(queue)
+        heapq.heappush(queue, (job.priority, job.deadline_s, job.seq, job))
+        self._lengths[job.instance] = length + 1
 
     def _forget_answered(self) -> None:
         """Answered jobs stay in the heap until their time comes; with long timeouts that would be many."""
