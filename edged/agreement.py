@@ -27,6 +27,9 @@ from edged.runtimes.base import DTYPES, Model, RunFailed, clean_text
 from edged.tensors import TensorSpec, pack_list
 
 __all__ = [
+    "FAST",
+    "FULL",
+    "Bounds",
     "GoldenMismatch",
     "NoInputs",
     "Sample",
@@ -38,11 +41,24 @@ __all__ = [
     "synthetic_inputs",
 ]
 
-L2_RELATIVE_MAX = 1e-3
-"""Of the difference to the reference: FP32 runtimes stay far below, bf16 is far above."""
 
-MAX_RELATIVE, MAX_ABSOLUTE = 1e-3, 1e-5
-"""The largest single difference, relative to the largest reference value."""
+@dataclass(frozen=True)
+class Bounds:
+    """How far floats may be apart: the relative L2 norm of the difference, and its largest element.
+
+    The latter is bounded by `max_relative` of the largest reference value plus `max_absolute`.
+    """
+
+    l2_relative: float
+    max_relative: float
+    max_absolute: float
+
+
+FULL = Bounds(1e-3, 1e-3, 1e-5)
+"""Runtimes that compute as the model says stay far below this, bf16 is far above."""
+
+FAST = Bounds(0.1, 0.1, 1e-3)
+"""For models whose owner chose `precision = "fast"`: what bf16 and fp16 do to a network, and not more."""
 
 GOLDEN_SAMPLES_MAX = 64
 """Of one model: they are run at each load."""
@@ -246,10 +262,10 @@ def _synthetic(datatype: str, shape: tuple[int, ...], kind: str, rng: Any) -> An
     return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
 
 
-def disagreement(reference: Any, candidate: Any, datatype: str) -> str | None:
+def disagreement(reference: Any, candidate: Any, datatype: str, bounds: Bounds = FULL) -> str | None:
     """Why two values of an output do not agree by the rule, or None when they do."""
     if not isinstance(reference, np.ndarray) or not isinstance(candidate, np.ndarray):
-        return _value_disagreement(reference, candidate)
+        return _value_disagreement(reference, candidate, bounds)
     if reference.shape != candidate.shape:
         return f"shape {list(candidate.shape)} where the reference has {list(reference.shape)}"
     a, b = _comparable(reference), _comparable(candidate)
@@ -260,10 +276,10 @@ def disagreement(reference: Any, candidate: Any, datatype: str) -> str | None:
     if a.dtype.kind != "f":
         wrong = np.count_nonzero(a != b)
         return f"{wrong} of {a.size} elements differ" if wrong else None
-    return _float_disagreement(a.astype("f8"), b.astype("f8"))
+    return _float_disagreement(a.astype("f8"), b.astype("f8"), bounds)
 
 
-def _float_disagreement(a: Any, b: Any) -> str | None:
+def _float_disagreement(a: Any, b: Any, bounds: Bounds) -> str | None:
     if not np.array_equal(np.isnan(a), np.isnan(b)):
         return "NaN in other places"
     infinite = np.isinf(a) | np.isinf(b)
@@ -275,29 +291,32 @@ def _float_disagreement(a: Any, b: Any) -> str | None:
         return None
     off = np.abs(a - b)
     norm, off_norm = float(np.linalg.norm(a)), float(np.linalg.norm(off))
-    largest, bound = float(off.max()), MAX_RELATIVE * float(np.abs(a).max()) + MAX_ABSOLUTE
+    largest, bound = float(off.max()), bounds.max_relative * float(np.abs(a).max()) + bounds.max_absolute
     if largest > bound:
         return f"a difference of {largest:.3g}, at most {bound:.3g} may be"
     # Where the reference is almost nothing, the bound on single elements is the one that means something.
-    if off_norm > L2_RELATIVE_MAX * norm and norm > MAX_ABSOLUTE * math.sqrt(a.size):
-        return f"a relative L2 difference of {off_norm / norm:.3g}, at most {L2_RELATIVE_MAX:g} may be"
+    if off_norm > bounds.l2_relative * norm and norm > bounds.max_absolute * math.sqrt(a.size):
+        return f"a relative L2 difference of {off_norm / norm:.3g}, at most {bounds.l2_relative:g} may be"
     return None
 
 
-def _value_disagreement(a: Any, b: Any) -> str | None:
+def _value_disagreement(a: Any, b: Any, bounds: Bounds) -> str | None:
     """Sequences and maps: the same structure and keys, and floats by the rule."""
     if isinstance(a, Mapping) and isinstance(b, Mapping):
         if list(a) != list(b):
             return "a map with other keys"
-        return _first(_value_disagreement(a[k], b[k]) for k in a)
+        return _first(_value_disagreement(a[k], b[k], bounds) for k in a)
     if isinstance(a, (list, tuple)) and isinstance(b, (list, tuple)):
         if len(a) != len(b):
             return f"a sequence of {len(b)} where the reference has {len(a)}"
-        return _first(_value_disagreement(x, y) for x, y in zip(a, b))  # noqa: B905 - lengths compared above
+        return _first(
+            _value_disagreement(x, y, bounds)
+            for x, y in zip(a, b)  # noqa: B905 - lengths compared above
+        )
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
-        return disagreement(a, b, "FP32" if a.dtype.kind == "f" else "")
+        return disagreement(a, b, "FP32" if a.dtype.kind == "f" else "", bounds)
     if isinstance(a, float) and isinstance(b, float):
-        return _float_disagreement(np.array([a]), np.array([b]))
+        return _float_disagreement(np.array([a]), np.array([b]), bounds)
     return None if type(a) is type(b) and a == b else "another value or type"
 
 
@@ -318,7 +337,7 @@ def _value_or_array_equal(a: Any, b: Any) -> bool:
     if isinstance(a, np.ndarray) and isinstance(b, np.ndarray):
         x, y = _comparable(a), _comparable(b)
         return x.shape == y.shape and bool(np.all((x == y) | ((x != x) & (y != y))))
-    return _value_disagreement(a, b) is None
+    return _value_disagreement(a, b, FULL) is None
 
 
 def no_result(why: str) -> dict[str, Any]:
@@ -339,6 +358,7 @@ def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, A
     `settings` is the control channel's `measure` map. Only what agrees is timed.
     """
     deadline = time.monotonic() + settings["budget_s"]
+    bounds = FAST if settings["candidate"].get("precision") == "fast" else FULL
     reference = load(settings["reference"])
     try:
         candidate = load(settings["candidate"])
@@ -349,7 +369,7 @@ def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, A
         samples = read_golden(
             settings.get("golden_dir"), settings.get("golden") or (), reference.inputs, reference.outputs
         )
-        agrees, proven, why, feeds = _compare(reference, candidate, samples)
+        agrees, proven, why, feeds = _compare(reference, candidate, samples, bounds)
         if not agrees or feeds is None:
             return {**no_result(why), "agrees": agrees, "proven": proven}
         reference_us, candidate_us, runs = _race(reference, candidate, feeds, deadline)
@@ -367,7 +387,7 @@ def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, A
 
 
 def _compare(
-    reference: Model, candidate: Model, samples: Sequence[Sample]
+    reference: Model, candidate: Model, samples: Sequence[Sample], bounds: Bounds
 ) -> tuple[bool, bool, str, Mapping[str, Any] | None]:
     """(agrees, proven, why, the inputs to time with): golden samples first, then ones, then normal."""
     specs = {s.name: s for s in reference.outputs}
@@ -395,7 +415,7 @@ def _compare(
         except RunFailed as e:
             return False, False, f"{sample.name}: the candidate raises: {e.message}", None
         for (name, spec), a, b in zip(specs.items(), want, got):  # noqa: B905 - the same outputs were asked for
-            why = disagreement(a, b, spec.datatype)
+            why = disagreement(a, b, spec.datatype, bounds)
             if why:
                 return False, False, f"{sample.name}, output {name!r}: {why}", None
         answers.append(want)

@@ -233,3 +233,14 @@ def test_inputs_too_large_to_make_up() -> None:
     """A declared shape of gigabytes is not filled."""
     with pytest.raises(NoInputs):
         synthetic_inputs([TensorSpec("x", "FP32", (1 << 20, 1 << 20))], "ones")
+
+
+def test_fast_bounds_let_bf16_pass_and_another_answer_not() -> None:
+    """An owner who chose speed accepts bf16's rounding, never another network's answer."""
+    rng = np.random.default_rng(5)
+    reference = rng.standard_normal(1000).astype("f4")
+    rounded = (reference.view("u4") & 0xFFFF0000).view("f4")
+    assert agreement.disagreement(reference, rounded, "FP32") is not None
+    assert agreement.disagreement(reference, rounded, "FP32", agreement.FAST) is None
+    other = rng.standard_normal(1000).astype("f4")
+    assert agreement.disagreement(reference, other, "FP32", agreement.FAST) is not None
