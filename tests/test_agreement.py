@@ -13,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edged.agreement import (
+    FAST,
     GoldenMismatch,
     NoInputs,
     check_golden,
@@ -240,7 +241,7 @@ def test_fast_bounds_let_bf16_pass_and_another_answer_not() -> None:
     rng = np.random.default_rng(5)
     reference = rng.standard_normal(1000).astype("f4")
     rounded = (reference.view("u4") & 0xFFFF0000).view("f4")
-    assert agreement.disagreement(reference, rounded, "FP32") is not None
-    assert agreement.disagreement(reference, rounded, "FP32", agreement.FAST) is None
+    assert disagreement(reference, rounded, "FP32") is not None
+    assert disagreement(reference, rounded, "FP32", FAST) is None
     other = rng.standard_normal(1000).astype("f4")
-    assert agreement.disagreement(reference, other, "FP32", agreement.FAST) is not None
+    assert disagreement(reference, other, "FP32", FAST) is not None
