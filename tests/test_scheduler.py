@@ -158,7 +158,7 @@ def test_a_requeued_job_is_back_in_its_place() -> None:
     assert queues.next([1]) is first
     assert first.state is JobState.RUNNING
     queues.requeue(first)
-    assert [j for j in queues.expired(6.0)] == [first]
+    assert list(queues.expired(6.0)) == [first]
     assert queues.snapshot()["queued_bytes"] == 12
 
 
