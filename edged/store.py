@@ -37,7 +37,7 @@ from edged.repository import (
     open_regular,
 )
 
-__all__ = ["LastGood", "Staged", "Store", "StoreError", "is_being_written"]
+__all__ = ["LastGood", "Staged", "Store", "StoreError", "content_digest", "is_being_written"]
 
 _FICLONE = 0x40049409
 """ioctl_ficlone(2); fcntl has no name for it before Python 3.12."""
@@ -258,6 +258,19 @@ class _Source:
     target: str
 
 
+def content_digest(root: Path, entry: Entry) -> str:
+    """What `Store.stage` would call the entry's content, without a copy: the `sha256` that the daemon tells.
+
+    Raises StoreError as staging would for what is wrong with the files themselves: CHANGED_WHILE_COPYING,
+    BEING_WRITTEN, CHECKSUM_MISMATCH, UNREADABLE, UNSAFE_FILE.
+    """
+    sources, payload = _sources(root, entry)
+    sums = _sums(payload)
+    _check_sources(sources)
+    _verify_checksums(entry, sources, sums)
+    return _bundle_digest(_shape(payload), sums)
+
+
 class Store:
     """The private copies below `state_dir/store` and the books beside them. A context manager.
 
@@ -324,9 +337,7 @@ class Store:
         (look again later), CHECKSUM_MISMATCH, UNREADABLE, UNSAFE_FILE, TOO_LARGE, DISK_FULL (with needed
         and free bytes), STORE_FAILED. Whatever fails, nothing is left behind.
         """
-        real_root = os.path.realpath(root)
-        sources = [_Source(real_root, stamp, _target(entry, stamp)) for stamp in entry.files]
-        payload = [source for source in sources if source.target != CHECKSUMS_NAME]
+        sources, payload = _sources(root, entry)
         size_bytes = sum(source.stamp.size_bytes for source in payload)
         if self._max_bytes is not None and size_bytes > self._max_bytes:
             raise StoreError(
@@ -337,7 +348,9 @@ class Store:
         digest = self._find_content(payload)
         if digest is not None:
             _check_sources(sources)
-            self._verify_checksums(entry, sources, self._manifest(digest))
+            _verify_checksums(
+                entry, sources, {path: sum_ for path, (_, sum_) in self._manifest(digest).items()}
+            )
         else:
             self._make_room(size_bytes)
             digest = self._copy(entry, sources, payload, size_bytes)
@@ -346,7 +359,7 @@ class Store:
 
     def _find_content(self, payload: list[_Source]) -> str | None:
         """The digest of a content that is there already; the sources are only read when one may match."""
-        shape = {source.target: source.stamp.size_bytes for source in payload}
+        shape = _shape(payload)
         candidates = {
             digest
             for digest in self._digests()
@@ -354,11 +367,7 @@ class Store:
         }
         if not candidates:
             return None
-        sums = {}
-        for source in payload:
-            with _opened(source) as descriptor:
-                sums[source.target] = _hash(descriptor)
-        digest = _bundle_digest(shape, sums)
+        digest = _bundle_digest(shape, _sums(payload))
         return digest if digest in candidates and self._is_intact(digest) else None
 
     def _copy(self, entry: Entry, sources: list[_Source], payload: list[_Source], size_bytes: int) -> str:
@@ -373,11 +382,9 @@ class Store:
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 manifest[source.target] = (source.stamp.size_bytes, _copy_file(source, target))
             _check_sources(sources)
-            self._verify_checksums(entry, sources, manifest)
-            digest = _bundle_digest(
-                {path: size for path, (size, _) in manifest.items()},
-                {path: digest for path, (_, digest) in manifest.items()},
-            )
+            sums = {path: sum_ for path, (_, sum_) in manifest.items()}
+            _verify_checksums(entry, sources, sums)
+            digest = _bundle_digest(_shape(payload), sums)
             _write_durably(temporary / _MANIFEST, json.dumps(manifest).encode(), 0o440)
             for directory, _names, _files in os.walk(temporary, topdown=False):
                 _sync_directory(Path(directory))
@@ -399,36 +406,6 @@ class Store:
 
     def _failure(self, error: OSError, needed_bytes: int) -> StoreError:
         return _store_failure(error, self._root, needed_bytes, self._disk_free_min_bytes)
-
-    def _verify_checksums(
-        self, entry: Entry, sources: list[_Source], manifest: Mapping[str, tuple[int, str]]
-    ) -> None:
-        """Holds the content against the bundle's SHA256SUMS, where there is one."""
-        listed = next((source for source in sources if source.target == CHECKSUMS_NAME), None)
-        if listed is None:
-            return
-        wanted = _read_checksums(listed)
-        found = {path: digest for path, (_, digest) in manifest.items()}
-        if "model.toml" in wanted:
-            with contextlib.suppress(OSError, UnsafeFileError):
-                descriptor = open_regular(f"{listed.root}/{entry.base}/model.toml", listed.root)
-                with open(descriptor, "rb") as stream:
-                    found["model.toml"] = hashlib.file_digest(stream, "sha256").hexdigest()
-        for path in sorted(wanted.keys() | found.keys()):
-            where = f"{entry.base}/{path}"[:200]
-            if path not in wanted:
-                raise StoreError("CHECKSUM_MISMATCH", f"{where} is not named in its {CHECKSUMS_NAME}")
-            if path not in found:
-                raise StoreError(
-                    "CHECKSUM_MISMATCH",
-                    f"{CHECKSUMS_NAME} names {where}, which is not there: still being copied?",
-                )
-            if wanted[path] != found[path]:
-                raise StoreError(
-                    "CHECKSUM_MISMATCH",
-                    f"{where} is not what its {CHECKSUMS_NAME} says: {found[path][:12]}…, wanted "
-                    f"{wanted[path][:12]}…; still being copied?",
-                )
 
     # ---- contents
 
@@ -709,6 +686,25 @@ def _book_key(name: str, version: int | None) -> str:
     return name if version is None else f"{name}/{version}"
 
 
+def _sources(root: Path, entry: Entry) -> tuple[list[_Source], list[_Source]]:
+    """All files of the entry, and those that are its content: the list of checksums is none of it."""
+    real_root = os.path.realpath(root)
+    sources = [_Source(real_root, stamp, _target(entry, stamp)) for stamp in entry.files]
+    return sources, [source for source in sources if source.target != CHECKSUMS_NAME]
+
+
+def _shape(payload: list[_Source]) -> dict[str, int]:
+    return {source.target: source.stamp.size_bytes for source in payload}
+
+
+def _sums(payload: list[_Source]) -> dict[str, str]:
+    sums = {}
+    for source in payload:
+        with _opened(source) as descriptor:
+            sums[source.target] = _hash(descriptor)
+    return sums
+
+
 def _target(entry: Entry, stamp: FileStamp) -> str:
     """Where a file lies in the content. NAME.onnx becomes model.onnx, so that its name is no part of it."""
     if entry.base:
@@ -831,6 +827,35 @@ def _bundle_digest(sizes: Mapping[str, int], sums: Mapping[str, str]) -> str:
         return sums["model.onnx"]
     listing = "".join(f"{path}\0{sizes[path]}\0{sums[path]}\n" for path in sorted(sums))
     return hashlib.sha256(f"edged bundle 1\n{listing}".encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _verify_checksums(entry: Entry, sources: list[_Source], sums: Mapping[str, str]) -> None:
+    """Holds the content against the bundle's SHA256SUMS, where there is one."""
+    listed = next((source for source in sources if source.target == CHECKSUMS_NAME), None)
+    if listed is None:
+        return
+    wanted = _read_checksums(listed)
+    found = dict(sums)
+    if "model.toml" in wanted:
+        with contextlib.suppress(OSError, UnsafeFileError):
+            descriptor = open_regular(f"{listed.root}/{entry.base}/model.toml", listed.root)
+            with open(descriptor, "rb") as stream:
+                found["model.toml"] = hashlib.file_digest(stream, "sha256").hexdigest()
+    for path in sorted(wanted.keys() | found.keys()):
+        where = f"{entry.base}/{path}"[:200]
+        if path not in wanted:
+            raise StoreError("CHECKSUM_MISMATCH", f"{where} is not named in its {CHECKSUMS_NAME}")
+        if path not in found:
+            raise StoreError(
+                "CHECKSUM_MISMATCH",
+                f"{CHECKSUMS_NAME} names {where}, which is not there: still being copied?",
+            )
+        if wanted[path] != found[path]:
+            raise StoreError(
+                "CHECKSUM_MISMATCH",
+                f"{where} is not what its {CHECKSUMS_NAME} says: {found[path][:12]}…, wanted "
+                f"{wanted[path][:12]}…; still being copied?",
+            )
 
 
 def _read_checksums(source: _Source) -> dict[str, str]:

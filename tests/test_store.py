@@ -19,7 +19,7 @@ import pytest
 from edged import store as module
 from edged.config import ModelSettings
 from edged.repository import Entry, scan
-from edged.store import Staged, Store, StoreError, is_being_written
+from edged.store import Staged, Store, StoreError, content_digest, is_being_written
 
 REPOSITORY = Path(__file__).parent.parent
 
@@ -317,6 +317,27 @@ def test_sums_do_not_change_the_content(store: Store, root: Path) -> None:
     assert store.stage(root, find(root)) == bare
     put(root, "net/model.toml", b"threads = 2\n")
     assert refusal(store, root, find(root)).reason == "CHECKSUM_MISMATCH"
+
+
+def test_the_digest_can_be_had_without_a_copy(store: Store, root: Path) -> None:
+    """Whoever publishes names the content as the store will, for every kind of entry."""
+    put(root, "file.onnx", b"graph")
+    put(root, "ir.xml", b"<net/>")
+    put(root, "ir.bin", b"weights")
+    put(root, "bundle/model.onnx", b"graph")
+    put(root, "bundle/golden/0.json", b"{}")
+    put(root, "bundle/model.toml", b"threads = 1\n")
+    put(root, "many/3/model.onnx", b"three")
+    put(root, "sums/model.onnx", b"graph")
+    put(root, "sums/weights.bin", b"w")
+    lines = f"{sha256(b'graph')}  model.onnx\n{sha256(b'w')}  weights.bin\n"
+    put(root, "sums/SHA256SUMS", lines.encode())
+    for name, version in (("file", None), ("ir", None), ("bundle", None), ("many", 3), ("sums", None)):
+        entry = find(root, name, version)
+        assert content_digest(root, entry) == store.stage(root, entry).digest
+    put(root, "sums/weights.bin", b"v")
+    with pytest.raises(StoreError, match="CHECKSUM_MISMATCH"):
+        content_digest(root, find(root, "sums"))
 
 
 # ---- room
