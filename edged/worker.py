@@ -68,7 +68,7 @@ CANCEL_TRIES, CANCEL_PAUSE_S = 25, 0.002
 OOM_SCORE = 500
 """Under memory pressure the kernel should take a worker, never the supervisor."""
 
-SPIN_S = 300e-6
+SPIN_S = 600e-6
 """How long the next request is looked for without sleeping, while they come that fast one after the other."""
 
 EXIT_FATAL = 70
