@@ -240,7 +240,7 @@ _EVENTS: dict[str, Event] = {
         "error",
         "The process that workers are forked from died",
         "Running workers are untouched and it is started again. If it recurs, the installation of RUNTIME "
-        "is broken: DETAIL has what it said.",
+        "is broken: try importing it by hand.",
     ),
     # Devices and choices.
     "device_verdict": Event(

@@ -111,6 +111,9 @@ FLUSH_S = 0.005
 SCAN_DEBOUNCE_S = 0.05
 """From a touch of the folder until it is looked at, so that a burst of events is one scan."""
 
+FAULT_RESCAN_S = 2.0
+"""How often a folder that is gone is looked for: nothing tells when its mount comes back."""
+
 STATUS_S = 2.0
 """How often the text of `systemctl status` may change."""
 
@@ -209,6 +212,7 @@ class Daemon:
         self._rescan_at_s = now_s + config.loading.rescan_s
         self._status_at_s = now_s
         self._status = ""
+        self._templates: dict[str, int] = {}
         self._devices_seen = _device_nodes()
         self._awake_s = _asleep_s()
 
@@ -418,7 +422,10 @@ class Daemon:
                 continue
             if isinstance(event, FolderScanned):
                 self._scanning = False
-                self._rescan_at_s = time.monotonic() + self._config.loading.rescan_s
+                rescan_s = self._config.loading.rescan_s
+                if event.snapshot.fault is not None:
+                    rescan_s = min(rescan_s, FAULT_RESCAN_S)
+                self._rescan_at_s = time.monotonic() + rescan_s
             self._step(event)
 
     def _take_signals(self, fd: int) -> None:
@@ -703,6 +710,10 @@ class Daemon:
         pids = [w.pid for w in core.lifecycle.workers.values() if w.pid is not None]
         self._step(Sampled(self._sampler.sample(pids)))
         self._spawner.drain()
+        templates = self._spawner.templates()
+        for runtime in self._templates.keys() - templates.keys():
+            self._journal.emit("template_crashed", RUNTIME=runtime, PID=self._templates[runtime])
+        self._templates = templates
         for probe, until_s in list(self._probes.items()):
             if now_s >= until_s:
                 probe.kill()
