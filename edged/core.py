@@ -235,7 +235,10 @@ class Core:
         request = event.request
         if self.stopping:
             raise Unavailable("the daemon is stopping", reason="SERVER_STOPPING", retry_after_ms=2000)
+        measuring = self.chooser.running
         self.chooser.note_request(now_s)
+        if measuring:
+            self._slow_due_s = self._slow_due(now_s)
         timeout_s, deadline_s, priority = timing_parameters(request)
         due_s = math.inf if timeout_s is None else now_s + timeout_s
         if deadline_s is not None:

@@ -137,7 +137,7 @@ def plan(
         elif wanted:
             wanted_bad.append(verdict)
     usable.sort()
-    if preferred is not None and usable and usable[0][3] == preferred:
+    if usable and usable[0][3] == preferred and not usable[0][0]:
         wanted_pending = False
     if wanted_pending and may_wait:
         return Plan(waiting=True)

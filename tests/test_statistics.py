@@ -1,0 +1,65 @@
+"""Counts, times and quantiles of one model."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edged.statistics import Histogram, ModelStatistics
+
+
+def test_nothing_counted_is_zero() -> None:
+    """No division, no invented latency."""
+    assert Histogram().quantile_us(0.5) == 0
+
+
+@given(st.integers(0, 2**42 - 1))
+def test_a_bucket_is_at_most_an_eighth_wide(value: int) -> None:
+    """The quantile of one latency is its bucket's lower edge."""
+    histogram = Histogram()
+    histogram.add(value)
+    found = histogram.quantile_us(0.5)
+    assert found <= value
+    assert value - found <= value / 8
+    if value < 16:
+        assert found == value
+
+
+@pytest.mark.parametrize("value", [-5, 2**60, 2**80])
+def test_absurd_latencies_are_counted_all_the_same(value: int) -> None:
+    """A clock's jump must not raise on the hot path."""
+    histogram = Histogram()
+    histogram.add(value)
+    assert histogram.count == 1
+    assert histogram.quantile_us(1.0) >= 0
+
+
+@given(st.lists(st.integers(0, 10**7), min_size=1, max_size=200), st.sampled_from([0.5, 0.9, 0.99, 1.0]))
+def test_quantiles_are_within_a_bucket_of_the_real_ones(values: list[int], q: float) -> None:
+    """Against the sorted list."""
+    histogram = Histogram()
+    for value in values:
+        histogram.add(value)
+    rank = max(0, -(-int(q * len(values) * 1000) // 1000) - 1)
+    real = sorted(values)[rank]
+    assert real * 7 // 8 - 1 <= histogram.quantile_us(q) <= sorted(values)[min(rank + 1, len(values) - 1)]
+
+
+def test_the_wire_form_is_that_of_the_extension() -> None:
+    """Counts and nanoseconds by kind; refusals and cancellations are no failures."""
+    stats = ModelStatistics()
+    stats.success(queue_ns=1000, compute_ns=2000, total_ns=10_000_000, epoch_ms=77)
+    stats.success(queue_ns=1000, compute_ns=2000, total_ns=10_000_000, epoch_ms=78)
+    for kind in ("fail", "cancel", "reject"):
+        stats.failure(kind, 5)
+    assert stats.error_count == 1
+    wire = stats.to_wire("m", "3")
+    assert (wire["name"], wire["version"], wire["last_inference"]) == ("m", "3", 78)
+    assert (wire["inference_count"], wire["execution_count"]) == (2, 2)
+    assert wire["inference_stats"]["success"] == {"count": 2, "ns": 20_000_000}
+    assert wire["inference_stats"]["queue"] == {"count": 2, "ns": 2000}
+    assert wire["inference_stats"]["compute_infer"] == {"count": 2, "ns": 4000}
+    assert wire["inference_stats"]["reject"] == {"count": 1, "ns": 5}
+    assert wire["latency_us"]["count"] == 2
+    assert 8750 <= wire["latency_us"]["p50"] <= 10_000
