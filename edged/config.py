@@ -9,6 +9,8 @@ environment it is handed; no clock, no socket, no runtime.
 from __future__ import annotations
 
 import difflib
+import hashlib
+import json
 import os
 import pwd
 import re
@@ -207,6 +209,11 @@ class ModelSettings:
                 case _:
                     plain[key.name] = value
         return plain
+
+    def sha256(self) -> str:
+        """What these settings are known by: the same for every text that is read as the same settings."""
+        plain = json.dumps(self.to_wire(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(plain.encode()).hexdigest()
 
     @classmethod
     def from_wire(cls, wire: Mapping[str, Any]) -> ModelSettings:

@@ -81,7 +81,14 @@ def repository_index(lifecycle: Lifecycle) -> list[dict[str, str]]:
     rows = []
     for track in _ordered(lifecycle.tracks.values()):
         rows += [
-            _index_row(track.name, str(i.version), i.oip_state(), i.message or i.reason, i.staged.digest)
+            _index_row(
+                track.name,
+                str(i.version),
+                i.oip_state(),
+                i.message or i.reason,
+                i.staged.digest,
+                i.settings.sha256(),
+            )
             for i in track.instances()
         ]
         row = _failure_row(track)
@@ -96,17 +103,27 @@ def _failure_row(track: Track) -> dict[str, str] | None:
     if failure is not None:
         version = "" if failure.version is None else str(failure.version)
         text = f"{failure.reason}: {failure.message}"
-        return _index_row(track.name, version, "UNAVAILABLE", text, failure.digest)
+        settings = "" if failure.settings is None else failure.settings.sha256()
+        return _index_row(track.name, version, "UNAVAILABLE", text, failure.digest, settings)
     if track.instances():
         return None
     version = "" if track.explicit_version is None else str(track.explicit_version)
     if track.unloaded:
-        return _index_row(track.name, version, "UNAVAILABLE", "MODEL_UNLOADED: unloaded by request", "")
-    return _index_row(track.name, version, "LOADING", "being copied into the store", "")
+        return _index_row(track.name, version, "UNAVAILABLE", "MODEL_UNLOADED: unloaded by request")
+    return _index_row(track.name, version, "LOADING", "being copied into the store")
 
 
-def _index_row(name: str, version: str, state: str, reason: str, digest: str) -> dict[str, str]:
-    return {"name": name, "version": version, "state": state, "reason": reason, "sha256": digest}
+def _index_row(
+    name: str, version: str, state: str, reason: str, digest: str = "", settings: str = ""
+) -> dict[str, str]:
+    return {
+        "name": name,
+        "version": version,
+        "state": state,
+        "reason": reason,
+        "sha256": digest,
+        "settings_sha256": settings,
+    }
 
 
 def _ordered(tracks: Iterable[Track]) -> list[Track]:
@@ -201,6 +218,7 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "message": instance.message,
         "serving": track.serving is instance and instance.admits,
         "sha256": instance.staged.digest,
+        "settings_sha256": instance.settings.sha256(),
         "size_bytes": instance.staged.size_bytes,
         "format": instance.entry.format,
         "runtime": "" if candidate is None else candidate.runtime,

@@ -353,3 +353,14 @@ def test_documentation_is_up_to_date() -> None:
         [sys.executable, "-m", "edged.config"], capture_output=True, check=True, text=True
     )
     assert printed.stdout == render_documentation()
+
+
+def test_settings_are_known_by_what_they_say() -> None:
+    """Comments, order and defaults written out change nothing; a value does."""
+
+    def sha256(text: str) -> str:
+        return parse_model_settings(text, source="m.toml").sha256()
+
+    assert sha256("") == sha256('device = "auto"  # the default')
+    assert sha256("threads = 2\nwarmup = 3") == sha256("warmup = 3\nthreads = 2")
+    assert len({sha256(""), sha256("threads = 2"), sha256("threads = 3"), sha256("versions = [1, 3]")}) == 4

@@ -26,7 +26,8 @@ from edged.cli.bench import percentiles, run_slots
 from edged.cli.images import ImageError, layout_of, picture
 from edged.cli.inputs import InputError, json_values, read_inputs, synthetic
 from edged.cli.tables import Column, Terminal, bytes_text, clean, duration_text, micros_text, table
-from edged.cli.waiting import STALE_AFTER_S, Goal, fingerprint, judge
+from edged.cli.waiting import Goal, Wanted, judge, split_reason, unnamed_refusals
+from edged.config import parse_model_settings
 from edged.tensors import TensorSpec
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
@@ -44,13 +45,11 @@ class Peer:
         self.models_dir.mkdir()
         self.models: list[dict[str, Any]] = []
         self.asked: list[dict[str, Any]] = []
-        self.on_status: Callable[[int], None] = lambda _count: None
+        self.on_index: Callable[[int], None] = lambda _count: None
         self.replies: dict[str, Reply] = {
             "server_metadata": lambda h, f: {"name": "edged", "version": "1", "instance_id": "i"},
             "server_status": self._status,
-            "repository_index": lambda h, f: {
-                "models": [{k: m.get(k) for k in ("name", "version", "state", "reason")} for m in self.models]
-            },
+            "repository_index": self._index,
             "repository_model_load": lambda h, f: {},
             "repository_model_unload": lambda h, f: {},
             "model_metadata": lambda h, f: {
@@ -61,7 +60,7 @@ class Peer:
             "model_infer": self._double,
             "model_statistics": lambda h, f: {"model_stats": [STATISTICS]},
         }
-        self._statuses = 0
+        self._asked_index = 0
         self._stop = threading.Event()
         self._events: list[tuple[str, dict[str, Any]]] = []
         self._context = zmq.Context()
@@ -115,9 +114,13 @@ class Peer:
         socket.send_multipart([identity, msgpack.packb({"id": header["id"], **reply})])
 
     def _status(self, _header: dict[str, Any], _frames: list[bytes]) -> dict[str, Any]:
-        self._statuses += 1
-        self.on_status(self._statuses)
         return {**STATUS, "models_dir": str(self.models_dir), "models": self.models}
+
+    def _index(self, _header: dict[str, Any], _frames: list[bytes]) -> dict[str, Any]:
+        self._asked_index += 1
+        self.on_index(self._asked_index)
+        keys = ("name", "version", "state", "reason", "sha256", "settings_sha256")
+        return {"models": [{key: m[key] for key in keys if key in m} for m in self.models]}
 
     def _double(self, header: dict[str, Any], frames: list[bytes]) -> dict[str, Any]:
         wire = header["inputs"][0]
@@ -172,6 +175,11 @@ STATISTICS = {
 def model(name: str, state: str, **more: Any) -> dict[str, Any]:
     """One entry of the status."""
     return {"name": name, "version": "1", "state": state, "reason": "", **more}
+
+
+def settings_sha256(text: str) -> str:
+    """What the daemon knows these settings by."""
+    return parse_model_settings(text, source="m.toml").sha256()
 
 
 @pytest.fixture
@@ -363,13 +371,21 @@ def test_wait_serving_refused_and_time_out(peer: Peer, capsys: pytest.CaptureFix
     assert edgectl.main(["wait", "m", "--sha256", digest]) == 0
     peer.models = [
         model("m", "READY", sha256="b" * 64),
-        model("m", "UNAVAILABLE", sha256=digest, reason="GOLDEN_MISMATCH"),
+        model("m", "UNAVAILABLE", sha256=digest, reason="GOLDEN_MISMATCH: off by 3"),
     ]
     assert edgectl.main(["wait", "m", "--sha256", digest]) == 1
-    assert "GOLDEN_MISMATCH" in capsys.readouterr().out
+    assert "GOLDEN_MISMATCH: off by 3" in capsys.readouterr().out
     peer.models = [model("m", "LOADING")]
     assert edgectl.main(["wait", "m", "--timeout", "0.1"]) == 2
     assert "is loading" in capsys.readouterr().out
+
+
+def test_wait_needs_no_admin_rights(peer: Peer) -> None:
+    """Whoever may infer may wait: the index has the digests."""
+    peer.replies["server_status"] = lambda h, f: {"error": {"code": "PERMISSION_DENIED", "message": "no"}}
+    peer.models = [model("m", "READY", sha256="a" * 64)]
+    assert edgectl.main(["wait", "m", "--sha256", "A" * 64]) == 0
+    assert not any(asked["method"] == "server_status" for asked in peer.asked)
 
 
 def test_wait_follows_an_event_instead_of_polling(peer: Peer) -> None:
@@ -377,13 +393,13 @@ def test_wait_follows_an_event_instead_of_polling(peer: Peer) -> None:
     peer.models = [model("m", "LOADING")]
     peer.publish_on_subscribe("model.state", name="m", version="1", state="READY")
 
-    def then_ready(_count: int) -> None:
-        if any(a["method"] == "server_status" for a in peer.asked[:-1]):
+    def then_ready(count: int) -> None:
+        if count > 1:
             peer.models = [model("m", "READY")]
 
-    peer.on_status = then_ready
+    peer.on_index = then_ready
     assert edgectl.main(["wait", "m", "--timeout", "20"]) == 0
-    assert sum(a["method"] == "server_status" for a in peer.asked) == 2
+    assert sum(a["method"] == "repository_index" for a in peer.asked) == 2
 
 
 def test_wait_rejects_what_is_no_digest(peer: Peer) -> None:
@@ -391,35 +407,65 @@ def test_wait_rejects_what_is_no_digest(peer: Peer) -> None:
     assert edgectl.main(["wait", "m", "--sha256", "abc"]) == 64
 
 
-def test_judge_reads_old_verdicts_as_old() -> None:
-    """After a publication a state that was there before counts only when no new one comes."""
-    old = model("m", "UNAVAILABLE", sha256="a", reason="bad")
-    goal = Goal("m", "a", frozenset({fingerprint(old)}))
-    assert judge([old], goal, 0).state == "pending"
-    assert judge([old], goal, STALE_AFTER_S).state == "refused"
-    again = {**old, "state": "LOADING"}
-    assert judge([again], goal, 0).state == "pending"
-    assert judge([{**old, "reason": "still bad"}], goal, 0).state == "refused"
+def test_only_a_verdict_on_the_wanted_content_counts() -> None:
+    """What the daemon says of other bytes, good or bad, is not waited for and not believed."""
+    goal = Goal("m", frozenset({Wanted("a")}), frozenset())
+    others = [model("m", "READY", sha256="b"), model("n", "UNAVAILABLE", sha256="a")]
+    assert judge(others, goal).text == "m version 1 serves other content (b…)"
+    assert judge([*others, model("m", "UNAVAILABLE", sha256="c", reason="x")], goal).state == "pending"
+    assert judge([*others, model("m", "LOADING", sha256="a")], goal).state == "pending"
+    assert judge([*others, model("m", "UNAVAILABLE", sha256="a", reason="x")], goal).state == "refused"
+    assert judge([*others, model("m", "READY", sha256="a")], goal).state == "serving"
+    assert judge([model("m", "UNLOADING", sha256="a")], goal).state == "pending"
+    assert judge(None, goal).text == "the daemon is away"
 
 
-def test_judge_of_a_bundle_prefers_the_new_verdict() -> None:
-    """Without a digest, the old version that goes on serving does not hide that the new one was refused."""
-    old = model("m", "READY", sha256="a")
-    goal = Goal("m", None, frozenset({fingerprint(old)}))
-    refused = model("m", "UNAVAILABLE", version="2", sha256="b", reason="bad")
-    assert judge([old], goal, 0).state == "pending"
-    assert judge([old, refused], goal, STALE_AFTER_S * 9).state == "refused"
-    assert judge([old, {**refused, "state": "LOADING"}], goal, STALE_AFTER_S * 9).state == "pending"
-    assert judge([{**refused, "state": "READY"}], goal, 0).state == "serving"
+def test_every_version_of_a_bundle_is_waited_for() -> None:
+    """One that is refused decides, one that is not there yet holds up."""
+    goal = Goal("m", frozenset({Wanted("a"), Wanted("b")}), frozenset())
+    ready = model("m", "READY", sha256="a")
+    assert judge([ready], goal).state == "pending"
+    assert judge([ready, model("m", "UNAVAILABLE", version="2", sha256="b")], goal).state == "refused"
+    assert judge([ready, model("m", "READY", version="2", sha256="b")], goal).state == "serving"
 
 
-def test_judge_of_a_refusal_before_hashing() -> None:
-    """An entry without a digest may be about other bytes, so it counts when it stands."""
-    entry = model("m", "UNAVAILABLE", sha256=None, reason="SETTINGS_INVALID")
-    assert judge([entry], Goal("m", "a"), 0).state == "pending"
-    assert judge([entry], Goal("m", "a"), STALE_AFTER_S).state == "refused"
-    assert judge([entry], Goal("m", "a", frozenset()), 0).state == "refused"
-    assert judge(None, Goal("m"), 99).text == "the daemon is away"
+def test_only_a_verdict_under_the_wanted_settings_counts() -> None:
+    """The same content serves already with the old ones; the new ones may be refused beside it."""
+    goal = Goal("m", frozenset({Wanted("a", "new")}), frozenset())
+    old = model("m", "READY", sha256="a", settings_sha256="old")
+    assert judge([old], goal).text == "m version 1 serves with other settings"
+    assert judge([old, {**old, "state": "LOADING", "settings_sha256": "new"}], goal).state == "pending"
+    assert judge([old, {**old, "state": "UNAVAILABLE", "settings_sha256": "new"}], goal).state == "refused"
+    assert judge([{**old, "settings_sha256": "new"}], goal).state == "serving"
+    # Whoever waits for the content itself has it, whatever becomes of the settings.
+    assert judge([old], Goal("m", frozenset({Wanted("a")}))).state == "serving"
+
+
+def test_a_refusal_without_a_content_counts_when_it_is_new() -> None:
+    """A disk that was full before is no verdict; one that is full again, or differently, is."""
+    old = model("m", "UNAVAILABLE", version="", reason="DISK_FULL: 5 bytes are needed")
+    wanted = frozenset({Wanted("a")})
+    goal = Goal("m", wanted, unnamed_refusals([old], "m"))
+    assert judge([old], goal).state == "pending"
+    assert judge([old], goal, frozenset({"DISK_FULL"})).state == "refused"
+    assert judge([{**old, "reason": "DISK_FULL: 6 bytes are needed"}], goal).state == "refused"
+    busy = {**old, "reason": "BEING_WRITTEN: m.onnx is open for writing: it is looked at again"}
+    assert judge([busy], goal).state == "pending"
+    assert judge([old], Goal("m", wanted), frozenset({"DISK_FULL"})).state == "pending"
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("GOLDEN_MISMATCH: y: off by 3", ("GOLDEN_MISMATCH", "y: off by 3")),
+        ("MODEL_UNLOADED", ("MODEL_UNLOADED", "")),
+        ("loading on cpu", ("", "loading on cpu")),
+        (None, ("", "")),
+    ],
+)
+def test_a_reason_is_told_from_its_words(text: str | None, parts: tuple[str, str]) -> None:
+    """The index has both in one field; a script wants the first alone."""
+    assert split_reason({"reason": text}) == parts
 
 
 # ---- put ------------------------------------------------------------------------------------------------
@@ -431,19 +477,78 @@ def test_put_learns_the_folder_from_the_daemon_and_waits(
     """The file is in the daemon's folder, and the wait is for its very content."""
     source = tmp_path / "digits.onnx"
     source.write_bytes(b"model two")
-    (tmp_path / "digits.toml").write_text('device = "cpu"\n')
+    beside = 'device = "cpu"\n'
+    (tmp_path / "digits.toml").write_text(beside)
     digest = hashlib.sha256(b"model two").hexdigest()
     peer.models = [model("digits", "READY", sha256="0" * 64)]
 
     def serve_what_was_put(_count: int) -> None:
         if (peer.models_dir / "digits.onnx").exists():
-            peer.models = [model("digits", "READY", version="2", sha256=digest)]
+            peer.models = [
+                model("digits", "READY", version="2", sha256=digest, settings_sha256=settings_sha256(beside))
+            ]
 
-    peer.on_status = serve_what_was_put
+    peer.on_index = serve_what_was_put
     assert edgectl.main(["put", str(source), "--wait"]) == 0
     assert "digits version 2 serves" in capsys.readouterr().out
     assert (peer.models_dir / "digits.onnx").read_bytes() == b"model two"
     assert (peer.models_dir / "digits.toml").read_text() == 'device = "cpu"\n'
+
+
+def test_put_wait_of_a_bundle_is_for_its_very_content(
+    peer: Peer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The old version goes on serving beside the refusal: that is no success, however it stands there."""
+    bundle = tmp_path / "bundle" / "m"
+    (bundle / "golden").mkdir(parents=True)
+    (bundle / "model.onnx").write_bytes(b"graph")
+    (bundle / "golden" / "0.json").write_bytes(b"{}")
+    listing = "".join(
+        f"{name}\0{len(data)}\0{hashlib.sha256(data).hexdigest()}\n"
+        for name, data in (("golden/0.json", b"{}"), ("model.onnx", b"graph"))
+    )
+    digest = hashlib.sha256(f"edged bundle 1\n{listing}".encode()).hexdigest()
+    old = model("m", "READY", sha256="0" * 64)
+    peer.models = [old]
+
+    def refuse_what_was_put(count: int) -> None:
+        if count > 2:
+            known_by = {"sha256": digest, "settings_sha256": settings_sha256("")}
+            peer.models = [old, model("m", "UNAVAILABLE", reason="GOLDEN_MISMATCH: off", **known_by)]
+
+    peer.on_index = refuse_what_was_put
+    code, document = run_json(capsys, "put", str(bundle), "--wait")
+    assert (code, document["sha256"]) == (1, digest)
+    assert (document["reason"], document["reason_message"]) == ("GOLDEN_MISMATCH", "off")
+
+
+def test_put_wait_of_new_settings_waits_for_the_daemon_to_take_them(
+    peer: Peer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The content serves already; that is no success until it serves under the settings that were put."""
+    source = tmp_path / "m.onnx"
+    source.write_bytes(b"m")
+    (tmp_path / "m.toml").write_text("threads = 1\n")
+    row = model("m", "READY", sha256=hashlib.sha256(b"m").hexdigest(), settings_sha256=settings_sha256(""))
+    peer.models = [row]
+    assert edgectl.main(["put", str(source), "--wait", "--timeout", "0.3"]) == 2
+    assert "serves with other settings" in capsys.readouterr().out
+    peer.models = [{**row, "settings_sha256": settings_sha256("# one will do\nthreads = 1")}]
+    assert edgectl.main(["put", str(source), "--wait", "--timeout", "20"]) == 0
+
+
+@pytest.mark.parametrize("flags", [[], ["--wait"]])
+def test_put_says_at_once_what_the_folders_rules_refuse(
+    peer: Peer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], flags: list[str]
+) -> None:
+    """Bad settings need no daemon to be seen."""
+    source = tmp_path / "m.onnx"
+    source.write_bytes(b"m")
+    (tmp_path / "m.toml").write_text("thread = 1\n")
+    code, document = run_json(capsys, "put", str(source), *flags)
+    assert (code, document["outcome"], document["reason"]) == (1, "refused", "SETTINGS_INVALID")
+    assert "threads" in document["message"]
+    assert document["sha256"] is None
 
 
 def test_put_wait_says_the_reason_of_a_refusal(
@@ -453,7 +558,8 @@ def test_put_wait_says_the_reason_of_a_refusal(
     source = tmp_path / "m.onnx"
     source.write_bytes(b"bad")
     digest = hashlib.sha256(b"bad").hexdigest()
-    peer.models = [model("m", "UNAVAILABLE", sha256=digest, reason="MODEL_INVALID", message="no graph")]
+    known_by = {"sha256": digest, "settings_sha256": settings_sha256("")}
+    peer.models = [model("m", "UNAVAILABLE", reason="MODEL_INVALID: no graph", **known_by)]
     code, document = run_json(capsys, "put", str(source), "--wait", "--name", "m")
     assert code == 1
     assert document["outcome"] == "refused"

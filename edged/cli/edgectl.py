@@ -153,13 +153,23 @@ def _add_updates(commands: argparse._SubParsersAction[Any]) -> None:
     )
     settings.add_argument("--no-settings", action="store_true", help="leave a .toml beside PATH where it is")
     sub.add_argument(
-        "--wait", action="store_true", help="stay until the daemon serves it (0) or refuses it (1)"
+        "--wait",
+        action="store_true",
+        help="stay until the daemon serves this very content with these settings (0), refuses it (1), or "
+        "has said neither in time (2)",
     )
     sub = _command(
-        commands, "wait", "wait until a model serves (0) or is refused (1)", timeout_s=_UPDATE_TIMEOUT_S
+        commands,
+        "wait",
+        "wait until a model serves (0), is refused (1), or neither in time (2)",
+        timeout_s=_UPDATE_TIMEOUT_S,
     )
     sub.add_argument("model", metavar="MODEL", help="the model's name")
-    sub.add_argument("--sha256", metavar="HASH", help="this content: sha256sum of a single-file model")
+    sub.add_argument(
+        "--sha256",
+        metavar="HASH",
+        help="this content, as `edgectl put --json` names it: sha256sum of a model that is one file",
+    )
 
 
 def _add_questions(commands: argparse._SubParsersAction[Any]) -> None:

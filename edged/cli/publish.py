@@ -57,13 +57,11 @@ class PublishError(Exception):
 
 @dataclass(frozen=True)
 class Published:
-    """What now stands in the folder. `sha256` is the file's, None for anything of more than one file.
-    `unchanged`: exactly these bytes and settings were there before."""
+    """What now stands in the folder. `unchanged`: exactly these bytes and settings were there before."""
 
     name: str
     path: Path
     size_bytes: int
-    sha256: str | None
     settings: Path | None
     replaced: bool
     unchanged: bool
@@ -193,12 +191,10 @@ def _carry_out(items: list[_Item], name: str, models: Path, folder: os.stat_resu
     finally:
         for temp in temps:
             _remove(temp)
-    is_single_file = items[-1].target.suffix == ".onnx" and not items[-1].source.is_dir()
     return Published(
         name=name,
         path=items[-1].target,
         size_bytes=sum(size for _, size in copies),
-        sha256=copies[-1][0] if is_single_file else None,
         settings=_settings_path(items),
         replaced=done[-1][2],
         unchanged=[digest for digest, _ in copies] == before,

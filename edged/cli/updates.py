@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from edged.cli.content import Content, contents, standing
 from edged.cli.publish import Published, PublishError, publish
 from edged.cli.session import (
     AWAY,
@@ -25,8 +26,8 @@ from edged.cli.session import (
     Subscription,
 )
 from edged.cli.tables import bytes_text, clean
-from edged.cli.waiting import Goal, Outcome, fingerprint, merged, wait_for
-from edged.errors import PermissionDenied, Unavailable
+from edged.cli.waiting import Goal, Outcome, Row, Wanted, split_reason, unnamed_refusals, wait_for
+from edged.errors import Unavailable
 
 __all__ = ["put", "wait"]
 
@@ -38,42 +39,70 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
 def put(session: Session, args: argparse.Namespace) -> int:
-    """Publishes a model into the folder; with --wait, stays until the daemon serves or refuses it."""
+    """Publishes a model into the folder; with --wait, stays until the daemon serves or refuses it.
+
+    What the folder's own rules refuse is told at once, as the daemon will tell it.
+    """
     source: Path = args.path
     settings = None if args.no_settings else args.settings or _settings_beside(source)
     if args.wait:
         session.client.server_metadata()  # nobody to wait for: say so before anything is written
     status = session.status()
     models = session.models_dir(args.models, status)
-    if args.wait and status is not None:
-        _require_same_folder(models, status)
     if not args.wait:
         published = _publish(source, models, args.name, settings)
-        document = _put_document(published)
-        text = _put_text(published) + ("" if status else f"\nno daemon was reached; {START_HINT}")
-        session.answer(document, text)
+        found, problem = contents(models, standing(models, published.path.name))
+        text = _put_text(published, found) + ("" if status else f"\nno daemon was reached; {START_HINT}")
+        if problem is not None:
+            return _refused_by_folder(session, published, problem, text)
+        session.answer(_put_document(published, found), text)
         return EXIT_OK
+    if status is not None:
+        _require_same_folder(models, status)
     with _Asking(session) as asking:
-        before = asking.entries()
-        published = _publish(source, models, args.name, settings)
-        if not session.as_json:
-            print(_put_text(published), flush=True)
-        mine = frozenset(fingerprint(e) for e in before or () if e.get("name") == published.name)
-        goal = Goal(published.name, published.sha256, None if published.unchanged else mine)
-        outcome = _wait(session, goal, asking, args.timeout)
-    document = {**_put_document(published), **_outcome_document(outcome)}
+        return _put_and_wait(session, args, models, settings, asking)
+
+
+def _put_and_wait(
+    session: Session, args: argparse.Namespace, models: Path, settings: Path | None, asking: _Asking
+) -> int:
+    rows = asking.index()
+    published = _publish(args.path, models, args.name, settings)
+    found, problem = contents(models, standing(models, published.path.name))
+    text = _put_text(published, found)
+    if problem is not None:
+        return _refused_by_folder(session, published, problem, text)
+    if not session.as_json:
+        print(text, flush=True)
+    wanted = frozenset(Wanted(each.sha256, each.settings_sha256) for each in found)
+    goal = Goal(published.name, wanted, unnamed_refusals(rows, published.name))
+    outcome = _wait(session, goal, asking, args.timeout)
+    document = {**_put_document(published, found), **_outcome_document(outcome)}
     session.answer(document, clean(outcome.text))
     return _EXIT_OF[outcome.state]
+
+
+def _refused_by_folder(session: Session, published: Published, problem: tuple[str, str], text: str) -> int:
+    """The daemon will say so too; nothing needs to be waited for."""
+    reason, words = problem
+    if not session.as_json:
+        print(text, flush=True)
+    message = f"{published.name} was refused: {reason}: {words}"
+    row = {"state": "UNAVAILABLE", "reason": f"{reason}: {words}"}
+    outcome = Outcome("refused", message, row)
+    session.answer({**_put_document(published, ()), **_outcome_document(outcome)}, clean(message))
+    return EXIT_FAILED
 
 
 def wait(session: Session, args: argparse.Namespace) -> int:
     """Stays until the model, or that very content of it, serves or is refused."""
     digest = args.sha256.lower() if args.sha256 else None
     if digest is not None and not _SHA256.fullmatch(digest):
-        raise Failure("--sha256 takes 64 hexadecimal digits, as `sha256sum FILE` prints them", EXIT_USAGE)
+        raise Failure("--sha256 takes 64 hexadecimal digits, as `edgectl put --json` tells them", EXIT_USAGE)
     session.client.server_metadata()
     with _Asking(session) as asking:
-        outcome = _wait(session, Goal(args.model, digest), asking, args.timeout)
+        goal = Goal(args.model, frozenset({Wanted(digest)} if digest else ()))
+        outcome = _wait(session, goal, asking, args.timeout)
     session.answer({"name": args.model, **_outcome_document(outcome)}, clean(outcome.text))
     return _EXIT_OF[outcome.state]
 
@@ -83,7 +112,7 @@ def _wait(session: Session, goal: Goal, asking: _Asking, timeout_s: float) -> Ou
     with session.progress() as show:
         return wait_for(
             goal,
-            entries=asking.entries,
+            index=asking.index,
             next_event=asking.next_event,
             timeout_s=timeout_s,
             on_change=lambda outcome: show(f"{time.monotonic() - started:.0f} s: {outcome.text}"),
@@ -93,16 +122,13 @@ def _wait(session: Session, goal: Goal, asking: _Asking, timeout_s: float) -> Ou
 class _Asking:
     """What the daemon says of its models, and when it is worth asking again.
 
-    Where the admin socket is not ours, the repository index tells the states, and events the hashes. A
-    daemon that goes away while we wait is expected back: it may be restarting, and what was put is served
-    then. A context manager: it holds the subscription.
+    The index is anyone's to ask who may infer. A daemon that goes away while we wait is expected back: it
+    may be restarting, and what was put is served then. A context manager: it holds the subscription.
     """
 
     def __init__(self, session: Session) -> None:
         self._session = session
         self._subscription: Subscription | None = None
-        self._hashes: dict[tuple[str, str], str] = {}
-        self._admin = True
 
     def __enter__(self) -> _Asking:
         self._subscription = self._session.subscription(_TOPICS)
@@ -111,17 +137,17 @@ class _Asking:
     def __exit__(self, *_: object) -> None:
         self._unsubscribe()
 
-    def entries(self) -> Sequence[Mapping[str, Any]] | None:
+    def index(self) -> Sequence[Row] | None:
         """The models, or None while no daemon is there."""
         try:
-            return self._entries()
+            return self._session.client.repository_index()
         except Unavailable as e:
             if e.reason not in AWAY:
                 raise
             return None
 
-    def next_event(self, timeout_s: float) -> None:
-        """Sleeps until an event comes or the time is over."""
+    def next_event(self, timeout_s: float) -> Row | None:
+        """The body of the next event, or None when the time is over."""
         try:
             if self._subscription is None:
                 self._subscription = self._session.subscription(_TOPICS)
@@ -129,19 +155,8 @@ class _Asking:
         except Unavailable:
             self._unsubscribe()
             time.sleep(timeout_s)
-            return
-        if event is not None and event[1].get("sha256"):
-            body = event[1]
-            self._hashes[str(body.get("name")), str(body.get("version"))] = str(body["sha256"])
-
-    def _entries(self) -> Sequence[Mapping[str, Any]]:
-        if self._admin:
-            try:
-                return list(self._session.client.server_status().get("models") or [])
-            except PermissionDenied:
-                self._admin = False
-                self._session.note("the admin socket is not ours: content is known only from events")
-        return merged(self._session.client.repository_index(), self._hashes)
+            return None
+        return None if event is None else event[1]
 
     def _unsubscribe(self) -> None:
         if self._subscription is not None:
@@ -191,36 +206,38 @@ def _require_same_folder(models: Path, status: Mapping[str, Any]) -> None:
         )
 
 
-def _put_document(published: Published) -> dict[str, Any]:
+def _put_document(published: Published, found: Sequence[Content]) -> dict[str, Any]:
     return {
         "name": published.name,
         "path": str(published.path),
         "size_bytes": published.size_bytes,
-        "sha256": published.sha256,
+        "sha256": found[0].sha256 if len(found) == 1 else None,
+        "contents": [{"version": each.version, "sha256": each.sha256} for each in found],
         "settings": str(published.settings) if published.settings else None,
         "replaced": published.replaced,
         "unchanged": published.unchanged,
     }
 
 
-def _put_text(published: Published) -> str:
+def _put_text(published: Published, found: Sequence[Content]) -> str:
     what = (
         "was there already, unchanged"
         if published.unchanged
         else ("replaced" if published.replaced else "put")
     )
     settings = f", settings {published.settings.name}" if published.settings else ""
-    digest = f", sha256 {published.sha256[:12]}…" if published.sha256 else ""
+    digest = f", sha256 {found[0].sha256[:12]}…" if len(found) == 1 else ""
     return f"{published.path}: {what} ({bytes_text(published.size_bytes)}{digest}{settings})"
 
 
 def _outcome_document(outcome: Outcome) -> dict[str, Any]:
-    entry = outcome.entry or {}
+    row = outcome.row or {}
+    reason, message = split_reason(row)
     return {
         "outcome": outcome.state,
         "message": outcome.text,
-        "version": entry.get("version"),
-        "state": entry.get("state"),
-        "reason": entry.get("reason"),
-        "reason_message": entry.get("message"),
+        "version": row.get("version"),
+        "state": row.get("state"),
+        "reason": reason,
+        "reason_message": message,
     }
