@@ -182,7 +182,7 @@ class Router:
             return
         if backlog is None:
             backlog = self._backlogs[route[0]] = _Backlog()
-        size = sum([len(f) for f in frames])
+        size = sum([len(f) for f in (*route, *frames)])
         if backlog.nbytes + size > BACKLOG_BYTES_MAX or len(backlog.replies) >= BACKLOG_REPLIES_MAX:
             self.dropped_replies += 1
             return
