@@ -60,7 +60,7 @@ from edged.events import (
     WorkerGone,
     WorkerHello,
 )
-from edged.instances import Instance, InstanceState, Machine, Worker
+from edged.instances import SLOTS_PER_WORKER, Instance, InstanceState, Machine, Worker
 from edged.lifecycle import RUN_HUNG, Lifecycle
 from edged.messages import RequestId, Route, TensorData
 from edged.scheduler import Job, JobState, Scheduler
@@ -96,7 +96,7 @@ class _Run:
     instance: Instance
     worker: Worker
     slot: int
-    stop_at_s: float
+    stop_at_s: float = math.inf
     kill_at_s: float = math.inf
 
 
@@ -343,23 +343,32 @@ class Core:
             job.started_s = now_s
             if 0.0 < instance.mean_run_s < SPIN_RUN_MAX_S:
                 self.spin_until_s = now_s + SPIN_S
-            limit_s = instance.settings.timeout_s or RUN_LIMIT_S
-            run = _Run(job, instance, worker, slot, now_s + limit_s)
-            self._runs[run_id] = run
-            if run.stop_at_s < self._run_check_s:
-                self._run_check_s = run.stop_at_s
+            run = self._runs[run_id] = _Run(job, instance, worker, slot)
+            if len(worker.free_slots) == SLOTS_PER_WORKER - 1:
+                self._limit(run, now_s)
             self._out.append(StartRun(worker.id, run_id, instance.id, slot, job.inputs, job.outputs))
 
-    def _end_run(self, run_id: int) -> _Run | None:
+    def _limit(self, run: _Run, now_s: float) -> None:
+        """A run's limit begins when it is the first at its worker: it is not blamed for those before it."""
+        run.stop_at_s = now_s + (run.instance.settings.timeout_s or RUN_LIMIT_S)
+        if run.stop_at_s < self._run_check_s:
+            self._run_check_s = run.stop_at_s
+
+    def _end_run(self, run_id: int, now_s: float) -> _Run | None:
         run = self._runs.pop(run_id, None)
         if run is not None:
-            run.worker.free_slots.append(run.slot)
+            worker = run.worker
+            worker.free_slots.append(run.slot)
+            if len(worker.free_slots) < SLOTS_PER_WORKER:
+                first = next(each for each in self._runs.values() if each.worker is worker)
+                if first.stop_at_s == first.kill_at_s == math.inf:
+                    self._limit(first, now_s)
             if not self._runs:
                 self.spin_until_s = 0.0
         return run
 
     def _on_run_done(self, event: RunDone, now_s: float) -> None:
-        run = self._end_run(event.run_id)
+        run = self._end_run(event.run_id, now_s)
         if run is None:
             return
         job, instance = run.job, run.instance
@@ -403,7 +412,7 @@ class Core:
         self._after_run(run, now_s)
 
     def _on_run_failed(self, event: RunFailed, now_s: float) -> None:
-        run = self._end_run(event.run_id)
+        run = self._end_run(event.run_id, now_s)
         if run is None:
             return
         if run.job.state is not JobState.ANSWERED:
@@ -471,7 +480,7 @@ class Core:
         worker = self.lifecycle.workers.get(event.worker)
         why = event.how if worker is None else worker.killed_for or event.how
         for position, (run_id, run) in enumerate(lost):
-            self._end_run(run_id)
+            self._end_run(run_id, now_s)
             if run.job.state is JobState.ANSWERED:
                 continue
             if position and run.instance.state is InstanceState.READY:

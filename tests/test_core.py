@@ -188,8 +188,273 @@ def recovers(world: World) -> None:
             assert track.failure is not None
     names = {name for name, _ in world.folder}
     assert world.life.names() == names
-    held = {w for w in world.life.workers}
+    held = set(world.life.workers)
     assert held == {i.worker for i in world.life.instances.values()}
     for worker in world.workers.values():
         want = world.life.workers[worker.id].instances if worker.id in held else set()
         assert not worker.alive or worker.loaded == want, "a worker holds models that nobody knows of"
+
+
+# ---- methods --------------------------------------------------------------------------------------------
+
+
+def test_what_the_server_tells_of_itself() -> None:
+    """Live, ready and metadata, before and after it is ready."""
+    world = World()
+    assert world.request("server_live", id=4) == {"id": 4, "live": True}
+    assert world.request("server_ready")["ready"] is False
+    world.settle()
+    assert world.request("server_ready")["ready"] is True
+    meta = world.request("server_metadata")
+    assert (meta["name"], meta["instance_id"], meta["protocol_versions"]) == ("edged", "i-1", [1])
+    assert meta["limits"]["inflight_per_client"] == 16
+
+
+def test_what_a_model_tells_of_itself() -> None:
+    """Ready, metadata, index and statistics; unknown names are NOT_FOUND."""
+    world = ready_world()
+    key = world.infer()
+    world.finish_runs()
+    assert world.answer(key).parameters["device"] == "CPU"
+    assert world.request("model_ready", model_name="m")["ready"] is True
+    meta = world.request("model_metadata", model_name="m")
+    assert meta["versions"] == ["1"]
+    assert meta["platform"] == "onnxruntime_onnx"
+    assert meta["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1]}]
+    assert meta["properties"] == {"author": "nobody"}
+    (row,) = world.request("repository_index")["models"]
+    assert (row["name"], row["version"], row["state"], row["reason"]) == ("m", "1", "READY", "")
+    (stats,) = world.request("model_statistics")["model_stats"]
+    assert stats["inference_count"] == 1
+    for method in ("model_ready", "model_metadata", "model_statistics"):
+        assert world.request(method, model_name="nobody")["error"]["code"] == "NOT_FOUND"
+
+
+def test_status_tells_everything_and_can_be_sent() -> None:
+    """Every part of it is plain data, at each stage of a model's life."""
+    from edged.wire import encode
+
+    world = World(verdicts={CPU: "ok", CUDA: "driver_error"})
+    world.load_faults["bad-1"] = "MODEL_INVALID"
+    for name in ("m", "bad"):
+        world.put(name)
+    encode(world.request("server_status"))
+    world.settle()
+    world.send(Sampled(sample()))
+    status = world.request("server_status")
+    encode(status)
+    assert {row["name"]: row["state"] for row in status["models"]} == {"m": "READY", "bad": "UNAVAILABLE"}
+    assert [d["status"] for d in status["devices"]] == ["ok", "driver_error"]
+    assert len(status["workers"]) == 1
+    assert status["resources"]["level"] == "OK"
+
+
+def test_log_settings_set_the_level() -> None:
+    """A level that does not exist is refused."""
+    world = World()
+    assert world.request("log_settings", settings={"level": "debug"})["settings"] == {"level": "debug"}
+    assert [e.level for e in world.effects if isinstance(e, SetLogLevel)] == ["debug"]
+    for bad in ("loud", 3, [], {"a": 1}):
+        assert world.request("log_settings", settings={"level": bad})["error"]["reason"] == "BAD_PARAMETER"
+
+
+def test_a_bad_message_is_answered_and_noted() -> None:
+    """With the id that could be found, and one line for the log."""
+    world = World()
+    error = InvalidArgument("no", reason="BAD_HEADER")
+    (reply,) = [e for e in world.send(BadMessage((b"\0c",), "infer", PEER, 9, error)) if isinstance(e, Reply)]
+    assert reply.header == {"id": 9, "error": error.to_wire()}
+    assert world.logs("client_misbehaves")[0]["REASON"] == "BAD_HEADER"
+
+
+# ---- inference ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"model_name": "nobody"}, "MODEL_NOT_FOUND"),
+        ({"model_version": "7"}, "VERSION_NOT_FOUND"),
+        ({"inputs": []}, "MISSING_INPUT"),
+        ({"inputs": [InputTensor("z", "FP32", [1], data=b"\0" * 4)]}, "UNKNOWN_INPUT"),
+        ({"inputs": [InputTensor("x", "INT32", [1], data=b"\0" * 4)]}, "BAD_DATATYPE"),
+        ({"inputs": [InputTensor("x", "FP32", [1, 1], data=b"\0" * 4)]}, "BAD_SHAPE"),
+        ({"inputs": [InputTensor("x", "FP32", [2], data=b"\0" * 4)]}, "BAD_SIZE"),
+        ({"outputs": [OutputRef("z")]}, "UNKNOWN_OUTPUT"),
+        ({"outputs": [OutputRef("y"), OutputRef("y")]}, "DUPLICATE_OUTPUT"),
+        ({"parameters": {"timeout": -1}}, "BAD_PARAMETER"),
+        ({"parameters": {"deadline_ns": 1}}, "EXPIRED_ON_ARRIVAL"),
+    ],
+)
+def test_each_refusal_has_its_reason(fields: dict[str, Any], reason: str) -> None:
+    """Nothing that is refused reaches a worker or stays in a table."""
+    world = ready_world()
+    good = {"id": 1, "model_name": "m", "inputs": [InputTensor("x", "FP32", [1], data=b"\0" * 4)]}
+    effects = world.send(RequestArrived((b"\0c",), "infer", PEER, Request("model_infer", **(good | fields))))
+    (reply,) = [e for e in effects if isinstance(e, Reply)]
+    assert reply.header["error"]["reason"] == reason
+    assert reply.header["id"] == 1
+    assert not [e for e in effects if isinstance(e, StartRun)]
+    assert world.core.scheduler.in_flight == 0
+
+
+def test_a_worker_has_two_requests_at_once_and_the_rest_wait() -> None:
+    """The second waits at the worker so that it never idles; the queue has its bound."""
+    world = ready_world()
+    keys = [world.infer(client=bytes([0, i // 8])) for i in range(SLOTS_PER_WORKER + 8)]
+    assert len(world.process().runs) == SLOTS_PER_WORKER
+    over = world.infer(client=b"\0z")
+    assert world.answer(over) == "QUEUE_FULL"
+    world.finish_runs()
+    assert all(isinstance(world.answer(k), SendResult) for k in keys)
+
+
+def test_the_reply_tells_what_was_ignored() -> None:
+    """Unknown parameters are named in the warnings."""
+    world = ready_world()
+    key = world.infer(sequence_id=5)
+    world.finish_runs()
+    assert world.answer(key).parameters["warnings"] == ["parameter 'sequence_id' was ignored"]
+
+
+def test_a_deadline_is_kept_whether_it_waits_or_runs() -> None:
+    """Answered when it passes; the run is asked to stop, and its late end changes nothing."""
+    world = ready_world()
+    keys = [world.infer(timeout=500_000) for _ in range(4)]
+    world.pass_time(0.6)
+    assert [world.answer(k) for k in keys] == ["DEADLINE_PASSED"] * 4
+    assert len([e for e in world.effects if isinstance(e, CancelRun)]) == SLOTS_PER_WORKER
+    later = world.infer()
+    world.finish_runs()
+    assert isinstance(world.answer(later), SendResult)
+
+
+def test_cancel_withdraws_what_waits_and_what_runs() -> None:
+    """Only one's own, and only what is in flight."""
+    world = ready_world()
+    keys = [world.infer(id=i) for i in range(4)]
+    assert world.request("cancel", client=b"\0other", cancel_id=3)["error"]["code"] == "NOT_FOUND"
+    assert world.request("cancel", cancel_id=3)["cancelled"] is True
+    assert world.request("cancel", cancel_id=0)["cancelled"] is True
+    assert world.request("cancel", cancel_id=0)["error"]["reason"] == "NOT_IN_FLIGHT"
+    assert world.request("cancel")["error"]["reason"] == "NOT_IN_FLIGHT"
+    world.finish_runs()
+    found = [world.answer(k) for k in keys]
+    assert (found[0], found[3]) == ("CANCELLED_BY_CLIENT", "CANCELLED_BY_CLIENT")
+    assert all(isinstance(f, SendResult) for f in found[1:3])
+
+
+def test_an_id_in_flight_is_refused_a_second_time() -> None:
+    """The first is answered as if nothing had happened."""
+    world = ready_world()
+    key = world.infer(id="same")
+    world.infer(id="same")
+    assert world.answers[key] == ["DUPLICATE_ID"]
+    world.finish_runs()
+    assert isinstance(world.answers[key][1], SendResult)
+
+
+def test_a_crash_costs_the_request_that_ran_and_no_other() -> None:
+    """Those behind it go back into the queue and are answered by the worker's successor."""
+    world = ready_world()
+    keys = [world.infer() for _ in range(5)]
+    world.crash(world.process())
+    world.settle()
+    world.finish_runs()
+    found = [world.answer(k) for k in keys]
+    assert found[0] == "WORKER_CRASHED"
+    assert all(isinstance(f, SendResult) for f in found[1:])
+
+
+def test_a_run_that_hangs_is_stopped_then_its_worker_is_killed() -> None:
+    """The request is answered at its limit; the worker has a moment to obey."""
+    world = ready_world()
+    key = world.infer()
+    world.pass_time(RUN_LIMIT_S + 0.1)
+    assert world.answer(key) == "RUN_TIMEOUT"
+    assert not [e for e in world.effects if isinstance(e, KillWorker)]
+    world.pass_time(RUN_GRACE_S)
+    assert [e for e in world.effects if isinstance(e, KillWorker)]
+    world.settle()
+    assert world.serving().state is InstanceState.READY
+
+
+def test_a_run_is_not_blamed_for_the_one_before_it() -> None:
+    """Waiting at the worker behind a long run is no part of one's own limit."""
+    world = World()
+    world.put("m", timeout_s=10.0)
+    world.settle()
+    first, second = world.infer(), world.infer()
+    world.pass_time(8.0)
+    world.finish_run(world.process())
+    world.pass_time(8.0)
+    world.finish_run(world.process())
+    world.settle()
+    assert isinstance(world.answer(first), SendResult)
+    assert isinstance(world.answer(second), SendResult)
+    third = world.infer()
+    world.pass_time(11.0)
+    assert world.answer(third) == "RUN_TIMEOUT"
+
+
+def test_a_failed_run_is_answered_with_its_reason() -> None:
+    """And logged, since it is the daemon's or the runtime's fault."""
+    world = ready_world()
+    key = world.infer()
+    world.finish_run(world.process(), fails=True)
+    world.settle()
+    assert world.answer(key) == "RUNTIME_ERROR"
+    assert world.logs("request_internal_error")
+
+
+def test_the_end_of_a_run_that_nobody_knows_changes_nothing() -> None:
+    """A worker that tells twice, or of what never was."""
+    world = ready_world()
+    assert world.send(RunDone(1, 999, [], 1)) == []
+
+
+# ---- the rest -------------------------------------------------------------------------------------------
+
+
+def test_pressure_is_told_and_memory_given_back() -> None:
+    """Once for each change of level."""
+    world = ready_world()
+    for _ in range(3):
+        world.send(Sampled(sample(free=500 * MIB)))
+    assert len(world.logs("pressure_changed")) == 1
+    assert len([e for e in world.effects if isinstance(e, ShrinkWorkers)]) == 1
+
+
+def test_a_new_configuration_holds_for_what_can_change() -> None:
+    """Bounds and the level of the log; what serves goes on."""
+    world = ready_world()
+    new = config(limits__queue_length=1, log__level="debug")
+    world.send(ConfigChanged(new))
+    assert [e.level for e in world.effects if isinstance(e, SetLogLevel)] == ["debug"]
+    for _ in range(SLOTS_PER_WORKER + 1):
+        world.infer()
+    assert world.answer(world.infer()) == "QUEUE_FULL"
+
+
+def test_stopping_finishes_what_runs_and_refuses_what_comes() -> None:
+    """The daemon leaves with the last answer, not at the end of the grace."""
+    world = ready_world()
+    keys = [world.infer() for _ in range(4)]
+    world.send(ShutdownAsked())
+    world.send(ShutdownAsked())
+    assert world.answer(world.infer()) == "SERVER_STOPPING"
+    assert world.exits == 0
+    world.finish_runs()
+    assert all(isinstance(world.answer(k), SendResult) for k in keys)
+    assert world.exits == 1
+    assert world.core.next_due_s() is None or world.core.next_due_s() != math.inf
+
+
+def test_stopping_ends_with_the_grace_at_the_latest() -> None:
+    """What has not finished is answered so."""
+    world = ready_world()
+    keys = [world.infer() for _ in range(4)]
+    world.send(ShutdownAsked())
+    world.pass_time(world.core.config.server.shutdown_grace_s + 0.1)
+    assert [world.answer(k) for k in keys] == ["SERVER_STOPPING"] * 4
+    assert world.exits == 1
