@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import math
 import os
 import platform
 import secrets
@@ -587,9 +588,12 @@ class Daemon:
         self._unasked.add(router)
 
     def _shrink(self) -> None:
-        for process in self._workers.values():
-            with contextlib.suppress(WorkerGone):
-                process.send_control(["shrink"])
+        known = self._core.lifecycle.workers
+        for worker, process in list(self._workers.items()):
+            self._tell(worker, ["shrink"])
+            if worker in known:
+                for slot in known[worker].free_slots:  # the others are in use
+                    process.arena.shrink(slot)
 
     # ------------------------------------------------------------------ probes and measurements
 
@@ -705,7 +709,9 @@ class Daemon:
 
     def _sample(self, now_s: float) -> None:
         core = self._core
-        self._sample_at_s = now_s + self._config.resources.sample_s
+        self._sample_at_s = now_s + min(
+            self._config.resources.sample_s, self._notifier.watchdog_interval_s or math.inf
+        )
         core.epoch_offset_s = time.time() - now_s
         pids = [w.pid for w in core.lifecycle.workers.values() if w.pid is not None]
         self._step(Sampled(self._sampler.sample(pids)))
