@@ -47,7 +47,10 @@ CLIENTS = st.sampled_from([b"\0a", b"\0b", b"\0d"])
 MODELS = st.sampled_from(["m", "n", "g"])
 STEPS = st.one_of(
     st.tuples(st.just("infer"), MODELS, CLIENTS, st.sampled_from([0, 500_000, 5_000_000]), st.integers(0, 9)),
-    st.tuples(st.just("infer"), MODELS, CLIENTS, st.just(0), st.just(0)),
+    *[st.tuples(st.just("infer"), MODELS, CLIENTS, st.just(0), st.just(0))] * 4,
+    *[st.tuples(st.just("crash"), st.integers(0, 9))] * 2,
+    *[st.tuples(st.just("settle"))] * 2,
+    *[st.tuples(st.just("burst"), MODELS)] * 2,
     st.tuples(st.just("cancel"), st.integers(0, 50)),
     st.tuples(st.just("deliver"), st.integers(0, 50)),
     st.tuples(st.just("settle")),
@@ -82,6 +85,12 @@ def act(world: World, step: tuple[Any, ...]) -> None:
     match step:
         case ("infer", model, client, timeout, priority):
             world.infer(model, client=client, timeout=timeout, priority=priority)
+        case ("burst", model):
+            for _ in range(3):
+                world.infer(model)
+            busy = [w for w in world.workers.values() if w.alive and w.runs]
+            for worker in busy:
+                world.crash(worker)
         case ("cancel", which):
             open_ = [k for k in world.asked if k not in world.answers]
             if open_:
@@ -136,8 +145,8 @@ def act(world: World, step: tuple[Any, ...]) -> None:
             raise AssertionError(step)
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(STEPS, max_size=60))
+@settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
+@given(st.lists(STEPS, min_size=25, max_size=70))
 def test_any_day_ends_with_every_request_answered_once(day: list[tuple[Any, ...]]) -> None:
     """Whatever happens and in whatever order, stop finds each request with exactly one reply."""
     world = World(verdicts={CPU: "ok", OV_CPU: "ok", CUDA: "ok"})
