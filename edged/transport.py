@@ -19,7 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import zmq
+import zmq.backend
 
 from edged.messages import Peer, Route
 
@@ -34,6 +36,12 @@ SEND_HWM = 128
 BACKLOG_BYTES_MAX = 64 * 1024 * 1024
 BACKLOG_REPLIES_MAX = 4096
 """Replies kept for one client that does not read, before they are dropped."""
+
+# The calls of each request, without pyzmq's conveniences: those cost as much again.
+_get: Any = zmq.backend.Socket.get
+_recv: Any = zmq.backend.Socket.recv
+_send: Any = zmq.backend.Socket.send
+_EVENTS, _POLLIN, _NOBLOCK, _SNDMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 
 PEERS_MAX = 8192
 """Peers remembered by their route; then the memory starts anew."""
@@ -91,8 +99,7 @@ class SocketDir:
         os.close(self._lock)
 
 
-@dataclass(frozen=True)
-class Incoming:
+class Incoming(msgspec.Struct, frozen=True, gc=False):
     """One message: where the reply goes, who sent it, and its frames without the envelope."""
 
     route: Route
@@ -135,20 +142,20 @@ class Router:
 
     def readable(self) -> bool:
         """Whether a message waits. To be asked before each wait on `fd`, which tells of changes only."""
-        return bool(self._socket.getsockopt(zmq.EVENTS) & zmq.POLLIN)
+        return bool(_get(self._socket, _EVENTS) & _POLLIN)
 
     def receive(self) -> Incoming | None:
         """The next message, or None."""
         socket = self._socket
         try:
-            identity = socket.recv(zmq.NOBLOCK, copy=False)
+            identity = _recv(socket, _NOBLOCK, False)
         except zmq.Again:
             return None
         frames: list[Any] = []
         more: bool = identity.more
         last: Any = identity
         while more:
-            last = socket.recv(zmq.NOBLOCK, copy=False)
+            last = _recv(socket, _NOBLOCK, False)
             more = last.more
             # Frames beyond the bound are read, so that the socket stays in step, and dropped.
             if len(frames) < self._frames_max + 4:
@@ -191,8 +198,13 @@ class Router:
         backlog.replies.append([*route, *[bytes(f) for f in frames]])
 
     def _try(self, route: Route, frames: Sequence[bytes | memoryview]) -> bool:
+        socket = self._socket
         try:
-            self._socket.send_multipart([*route, *frames], zmq.NOBLOCK, copy=True)
+            for part in route:
+                _send(socket, part, _NOBLOCK | _SNDMORE)
+            for frame in frames[:-1]:
+                _send(socket, frame, _NOBLOCK | _SNDMORE)
+            _send(socket, frames[-1], _NOBLOCK)
         except zmq.Again:
             return False
         except zmq.ZMQError as e:
