@@ -173,6 +173,9 @@ def test_a_run_past_its_limit_is_answered_and_its_worker_replaced(tmp_path: Path
             assert code_of(reply) == ("DEADLINE_EXCEEDED", "RUN_TIMEOUT")
             assert "timeout" in reply["error"]["message"]
             pid = kill_worker(daemon, "slow", signal.SIGSTOP)
+            until(
+                lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, what="the worker stands still"
+            )
             raw.send(slow_request(2, 1))
             assert code_of(raw.receive()[0]) == ("DEADLINE_EXCEEDED", "RUN_TIMEOUT")
             assert daemon.number("neighbour") == 1
