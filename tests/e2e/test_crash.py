@@ -172,6 +172,7 @@ def test_a_run_past_its_limit_is_answered_and_its_worker_replaced(tmp_path: Path
             reply, _ = raw.receive()
             assert code_of(reply) == ("DEADLINE_EXCEEDED", "RUN_TIMEOUT")
             assert "timeout" in reply["error"]["message"]
+            wait_running(daemon, "slow", 0)  # it was stopped, and its worker lives
             pid = kill_worker(daemon, "slow", signal.SIGSTOP)
             until(
                 lambda: psutil.Process(pid).status() == psutil.STATUS_STOPPED, what="the worker stands still"
