@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edged.devices import Candidate, plan
-from edged.events import Effect, Log, RememberChoice, StartMeasure, StopMeasure
+from edged.events import Effect, Log, StartMeasure, StopMeasure
 from edged.instances import Instance, InstanceState
 from edged.lifecycle import Lifecycle
 
@@ -167,8 +167,7 @@ class Chooser:
             if found > gain:
                 best, gain = candidate, found
         chosen = best or instance.plan[0]
-        key = self._lifecycle.choice_key(instance.staged, instance.settings)
-        self._emit(RememberChoice(key, {"runtime": chosen.runtime, "device": chosen.device}))
+        self._lifecycle.remember(instance, chosen)
         if best is None:
             instance.choice = "measured"
             return

@@ -88,7 +88,7 @@ from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
 from edged.messages import Route
 from edged.process import ProbeProcess, Spawner, WorkerGone, WorkerLimits, WorkerProcess
-from edged.repository import Entry, scan
+from edged.repository import Entry, Snapshot, scan
 from edged.store import LastGood, Store, StoreError
 from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes
 from edged.transport import Incoming, Router, SocketDir, TransportError, bind_events
@@ -359,7 +359,8 @@ class Daemon:
         if self._scan_at_s is not None and now_s >= self._scan_at_s and not self._scanning:
             self._scan_at_s = None
             self._scanning = True
-            self._helper.give(self._scan_task)
+            unseen = Snapshot(str(self._config.server.models), fault="a fault of edged hides it; see the log")
+            self._helper.give(self._scan_task, otherwise=[FolderScanned(unseen, time.time())])
         if now_s >= self._sample_at_s:
             self._sample(now_s)
         self._step(Tick())
@@ -379,12 +380,25 @@ class Daemon:
                 self._on_bug(effect)
 
     def _on_bug(self, what: Event | Effect) -> None:
+        """A bug is logged, and whoever waits for what did not happen is told."""
         incident = secrets.token_hex(4)
         self._note_bug(traceback.format_exc(), incident)
-        if isinstance(what, RequestArrived):
-            error = Internal(f"a fault of edged; the log has it as incident {incident}", reason="DAEMON_BUG")
-            header = {"id": what.request.id, "error": error.to_wire()}
-            self._send(what.socket, what.route, [wire.encode(header)])
+        text = f"a fault of edged; the log has it as incident {incident}"
+        error = Internal(text, reason="DAEMON_BUG")
+        match what:
+            case RequestArrived(route=route, request=request):
+                # Once admitted it is answered by what becomes of its run.
+                if request.id is None or self._core.scheduler.find(route, request.id) is None:
+                    self._send(
+                        what.socket, route, [wire.encode({"id": request.id, "error": error.to_wire()})]
+                    )
+            case SendResult(job=job):
+                header = {"id": job.request_id, "error": error.to_wire()}
+                self._send("infer", job.route, [wire.encode(header)])
+            case StartRun(worker=worker, run_id=run_id):
+                self._step(RunFailed(worker, run_id, error.code.value, "DAEMON_BUG", text))
+            case StartWorker(worker=worker):
+                self._step(WorkerGoneEvent(worker, f"it could not be started: {text}"))
 
     def _note_bug(self, text: str, incident: str = "") -> None:
         self._journal.emit("daemon_bug", DETAIL=text, INCIDENT=incident or None)
@@ -466,7 +480,11 @@ class Daemon:
 
     def _start_worker(self, effect: StartWorker) -> None:
         limits = WorkerLimits(effect.data_bytes, effect.file_bytes)
-        process = self._spawner.spawn(effect.runtime, gpu=effect.gpu, limits=limits, slots=effect.slots)
+        try:
+            process = self._spawner.spawn(effect.runtime, gpu=effect.gpu, limits=limits, slots=effect.slots)
+        except OSError as e:  # no memory, no descriptors
+            self._step(WorkerGoneEvent(effect.worker, f"it could not be started: {e.strerror}"))
+            return
         self._workers[effect.worker] = process
         self._watch(process.data_fd, lambda: self._worker_data(effect.worker, process))
         self._watch(process.control_fd, lambda: self._worker_control(effect.worker, process))
@@ -671,7 +689,8 @@ class Daemon:
                 return [StageFailed(entry, e.reason, e.message, again)]
             return [Staged(entry, staged, self._store.quarantined(staged.digest))]
 
-        self._helper.give(task)
+        failed = StageFailed(entry, "STORE_FAILED", "it could not be copied; the log says why", False)
+        self._helper.give(task, otherwise=[failed])
 
     def _prepare_load(self, effect: PrepareLoad) -> None:
         def task() -> list[Event]:
@@ -682,7 +701,7 @@ class Daemon:
                 self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
             return [LoadPrepared(effect.instance, self._store.recall_choice(effect.choice_key))]
 
-        self._helper.give(task)
+        self._helper.give(task, otherwise=[LoadPrepared(effect.instance, None)])
 
     def _mark_good(self, effect: MarkGood) -> None:
         entry, digest = effect.entry, effect.staged.digest

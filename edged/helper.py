@@ -45,21 +45,27 @@ class Helper:
     def __init__(self, name: str, mailbox: Mailbox, on_bug: Callable[[str], None]) -> None:
         self._mailbox = mailbox
         self._on_bug = on_bug
-        self._tasks: queue.SimpleQueue[Task | None] = queue.SimpleQueue()
+        self._tasks: queue.SimpleQueue[tuple[Task, Sequence[Event]] | None] = queue.SimpleQueue()
         self._thread = threading.Thread(target=self._work, name=f"edged-{name}", daemon=True)
         self._thread.start()
 
-    def give(self, task: Task) -> None:
-        """Has a task done. The queue is bounded by what the core has under way: one task for each model."""
-        self._tasks.put(task)
+    def give(self, task: Task, *, otherwise: Sequence[Event] = ()) -> None:
+        """Has a task done; `otherwise` is what becomes of it when it raises, so that nobody waits for it.
+
+        The queue is bounded by what the core has under way: one task for each model.
+        """
+        self._tasks.put((task, otherwise))
 
     def _work(self) -> None:
-        while (task := self._tasks.get()) is not None:
+        while (given := self._tasks.get()) is not None:
+            task, otherwise = given
             try:
-                for event in task():
-                    self._mailbox.put(event)
+                events = task()
             except Exception:  # noqa: BLE001 - the edge of the thread: a task's bug must not end it
                 self._on_bug(traceback.format_exc())
+                events = otherwise
+            for event in events:
+                self._mailbox.put(event)
 
     def close(self, timeout_s: float) -> None:
         """Ends the thread after the tasks that it has; waits no longer than `timeout_s`."""

@@ -21,7 +21,7 @@ from typing import Any, Protocol
 
 from edged import resources
 from edged.config import Config, ModelSettings
-from edged.devices import Candidate, Verdict, plan
+from edged.devices import Candidate, Verdict, matches, plan
 from edged.errors import EdgedError, NotFound, Unavailable
 from edged.events import (
     CancelLoad,
@@ -458,13 +458,32 @@ class Lifecycle:
             new.measured = dict(instance.measured)
             self.step(now_s)
 
-    def choice_key(self, staged: Any, settings: ModelSettings) -> str:
-        """Everything that a measured choice depends on."""
-        versions = sorted(
-            f"{c}={v.runtime_version}" for c, v in self.verdicts.items() if v is not None and v.status == "ok"
-        )
-        parts = (staged.digest, settings.precision, self.machine.name, str(self.machine.cpus), *versions)
+    def choice_key(self, instance: Instance) -> str:
+        """What a measured choice is remembered under."""
+        machine = self.machine
+        parts = (instance.staged.digest, instance.settings.precision, machine.name, str(machine.cpus))
         return "|".join(parts)
+
+    def remember(self, instance: Instance, candidate: Candidate) -> None:
+        """Keeps a choice, and among what it was made."""
+        compared = {str(c): version for c, version in self._working()}
+        choice = {"runtime": candidate.runtime, "device": candidate.device, "compared": compared}
+        self._emit(RememberChoice(self.choice_key(instance), choice))
+
+    def _working(self) -> list[tuple[Candidate, str]]:
+        """What is known to work, with its runtime's version."""
+        return [
+            (c, v.runtime_version) for c, v in self.verdicts.items() if v is not None and v.status == "ok"
+        ]
+
+    def _recall(self, choice: Mapping[str, Any]) -> Candidate | None:
+        """A remembered choice, unless a device or another version has come that it was not compared with."""
+        compared = choice.get("compared")
+        if not isinstance(compared, Mapping):
+            return None
+        if any(compared.get(str(candidate)) != version for candidate, version in self._working()):
+            return None
+        return Candidate(str(choice.get("runtime")), str(choice.get("device")))
 
     def _plan(self, instance: Instance, now_s: float) -> bool:
         """Sets the instance's candidates; False while a verdict is waited for, or when there are none."""
@@ -535,7 +554,7 @@ class Lifecycle:
             return
         self._load_queue.remove(instance)
         instance.move(InstanceState.PREPARING, "MODEL_LOADING", "recording the attempt")
-        key = self.choice_key(instance.staged, instance.settings)
+        key = self.choice_key(instance)
         self._emit(PrepareLoad(instance.id, instance.staged.digest, key))
 
     def _turn(self, instance: Instance) -> bool:
@@ -583,8 +602,8 @@ class Lifecycle:
         if instance is None or instance.state is not InstanceState.PREPARING:
             return
         if choice is not None and instance.choice in ("default", "inherited"):
-            remembered = Candidate(str(choice.get("runtime")), str(choice.get("device")))
-            if remembered in instance.plan:
+            remembered = self._recall(choice)
+            if remembered is not None and remembered in instance.plan:
                 rest = tuple(c for c in instance.plan if c != remembered)
                 instance.plan = (remembered, *rest)
                 instance.choice = "remembered"
@@ -780,13 +799,12 @@ class Lifecycle:
         instance.track.incoming = None
         self._emit(EndAttempt(instance.staged.digest))
         self._forget(instance)
-        serving.choice = "measured"
         serving.measured[candidate] = {**serving.measured.get(candidate, {}), "agrees": False, "why": message}
         fields = {"MODEL": serving.name, "RUNTIME": candidate.runtime, "DEVICE": candidate.device}
         self._emit(Log("choice_measured", {**fields, "DETAIL": message}))
-        where = serving.plan[0]
-        key = self.choice_key(serving.staged, serving.settings)
-        self._emit(RememberChoice(key, {"runtime": where.runtime, "device": where.device}))
+        if serving.choice != "pinned":
+            serving.choice = "measured"
+            self.remember(serving, serving.plan[0])
 
     def _abandon_incoming(self, track: Track, now_s: float) -> None:
         instance, track.incoming = track.incoming, None
@@ -920,6 +938,8 @@ class Lifecycle:
             instance.crashes = 0
         instance.crashes += 1
         instance.restarts += 1
+        if reason == "DEVICE_FAILED" or instance.plan[0].gpu_like:
+            self.probe(instance.plan[0])
         if instance.crashes > 2 and len(instance.plan) > 1:
             skipped, *rest = instance.plan
             instance.plan = (*rest, skipped)
@@ -960,6 +980,7 @@ class Lifecycle:
     def on_probed(self, verdict: Verdict, now_s: float) -> None:
         """A device's verdict."""
         self.verdicts[verdict.candidate] = verdict
+        new = verdict.status == "ok" and verdict.candidate not in self._worked
         fields = {"RUNTIME": verdict.runtime, "DEVICE": verdict.device, "REASON": verdict.status}
         if verdict.status == "ok":
             self._worked.add(verdict.candidate)
@@ -981,10 +1002,28 @@ class Lifecycle:
             )
         )
         if verdict.status == "ok":
-            self._retry_for_device(verdict.candidate, now_s)
+            self._retry_for_device()
+        if new and self.ready:
+            self._offer_device(verdict.candidate)
         self.step(now_s)
 
-    def _retry_for_device(self, candidate: Candidate, now_s: float) -> None:
+    def _offer_device(self, candidate: Candidate) -> None:
+        """A device came, or works again: who fell back from it returns, who may choose compares anew."""
+        for track in self.tracks.values():
+            instance = track.serving
+            if instance is None or instance.state is not InstanceState.READY or track.incoming is not None:
+                continue
+            if instance.choice in ("measured", "remembered"):
+                instance.choice = "default"
+            elif (
+                instance.choice == "pinned"
+                and instance.fallback_reason
+                and matches(instance.settings.device, candidate)
+                and instance.settings.runtime in (None, candidate.runtime)
+            ):
+                self._new_instance(track, instance.entry, instance.staged)
+
+    def _retry_for_device(self) -> None:
         """A device works now: models that were refused for want of one are tried again."""
         for track in self.tracks.values():
             if (

@@ -10,6 +10,7 @@ from edged.errors import NotFound, Unavailable
 from edged.events import (
     CancelLoad,
     Collect,
+    DevicesChanged,
     EndAttempt,
     EndWorker,
     ForgetModel,
@@ -316,7 +317,8 @@ def test_content_that_one_runtime_refuses_is_offered_to_another() -> None:
 def test_a_remembered_choice_goes_first() -> None:
     """What was measured before is where it starts."""
     world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
-    world.choices["m-1"] = {"runtime": "openvino", "device": "CPU"}
+    compared = {str(CPU): "1.0", str(OV_CPU): "1.0"}
+    world.choices["m-1"] = {"runtime": "openvino", "device": "CPU", "compared": compared}
     world.put("m")
     world.settle()
     assert world.loads() == [OV_CPU]
@@ -704,3 +706,25 @@ def test_the_word_of_a_worker_that_is_gone_changes_nothing() -> None:
     world.send(WorkerGone(9999, "exit 0"))
     assert world.serving().state is S.READY
     assert config().limits.queue_length == 8
+
+
+def test_a_choice_made_among_other_devices_or_versions_is_forgotten() -> None:
+    """A device that came, or a new version of a runtime, deserves to be measured."""
+    for compared in ({str(OV_CPU): "1.0"}, {str(CPU): "0.9", str(OV_CPU): "1.0"}, None):
+        world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+        world.choices["m-1"] = {"runtime": "openvino", "device": "CPU", "compared": compared}
+        world.put("m")
+        world.settle()
+        assert (world.serving().candidate, world.serving().choice) == (CPU, "default")
+
+
+def test_a_model_returns_to_the_device_that_works_again() -> None:
+    """Who asked for a device and had to fall back gets it when it is there."""
+    world = World(verdicts={CPU: "ok", CUDA: "absent"})
+    world.put("m", device="cuda")
+    world.settle()
+    assert (world.serving().candidate, bool(world.serving().fallback_reason)) == (CPU, True)
+    world.statuses[CUDA] = "ok"
+    world.send(DevicesChanged())
+    world.settle()
+    assert (world.serving().candidate, world.serving().fallback_reason) == (CUDA, "")

@@ -152,6 +152,7 @@ class World:
         self.quarantined: set[str] = set()
         self.stage_faults: dict[str, tuple[str, bool]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
+        self.load_crashes = 0
         self.hold_loads = False
         """Loads stay under way until `finish_loads`."""
         self.load_faults: dict[Any, str] = {}
