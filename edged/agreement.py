@@ -366,6 +366,10 @@ def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, A
         reference.close()
         return no_result(f"the candidate does not load: {clean_text(e)}")
     try:
+        if settings["candidate"].get("runtime") == "openvino" and any(
+            s.datatype == "FP64" for s in (*reference.inputs, *reference.outputs)
+        ):
+            return no_result("this runtime computes FP64 in FP32")
         samples = read_golden(
             settings.get("golden_dir"), settings.get("golden") or (), reference.inputs, reference.outputs
         )

@@ -31,7 +31,7 @@ from edged.arena import ArenaBoundsError, aligned
 from edged.catalog import LevelName
 from edged.config import Config, ConfigError
 from edged.core import Core, Identity
-from edged.devices import Candidate
+from edged.devices import Candidate, matches
 from edged.errors import Internal, InvalidArgument, ResourceExhausted
 from edged.events import (
     BadMessage,
@@ -281,7 +281,9 @@ class Daemon:
             # Nearly every model starts there: importing it now saves the first load that time.
             self._spawner.start_template("onnxruntime")
         for runtime, device in self._spawner.list_probes():
-            self._core.lifecycle.probe(Candidate(runtime, device))
+            candidate = Candidate(runtime, device)
+            if not any(matches(token, candidate) for token in self._config.devices.exclude):
+                self._core.lifecycle.probe(candidate)
         self._step(Tick())
         gc.collect()
         gc.freeze()

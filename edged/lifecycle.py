@@ -16,6 +16,7 @@ while that is a matter of moments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol
 
@@ -74,6 +75,9 @@ MEMORY_RETRY_S = 5.0
 _PASSING = frozenset({"CHANGED_WHILE_COPYING", "BEING_WRITTEN"})
 """Someone is still copying: no fault, and nothing to tell."""
 
+LOAD_PATIENCE_S = 10.0
+"""A load that takes longer than this no longer holds up the others of its device: it may be hanging."""
+
 STAGE_RETRY_S = 2.0
 """How soon an entry is looked at again whose copy was disturbed."""
 
@@ -122,6 +126,8 @@ class Lifecycle:
         """Instances for whose sake the version before them was ended: they wait for no more memory."""
         self._probe_wait_s: float | None = now_s + PROBE_WAIT_S
         self._memory_retry_s: float | None = None
+        self._queue_due_s = math.inf
+        """When a load that takes long lets the next one begin."""
         self._routes: dict[tuple[str, str], Instance] = {}
 
     # ------------------------------------------------------------------ looking up
@@ -512,9 +518,6 @@ class Lifecycle:
             instance.choice = "default"
         return True
 
-    def _group(self, candidate: Candidate) -> str:
-        return candidate.device
-
     def step(self, now_s: float) -> None:
         """Starts the loads whose turn has come, and says when the daemon is ready.
 
@@ -528,6 +531,7 @@ class Lifecycle:
             done = 0
             while done < self._rounds:
                 done = self._rounds
+                self._queue_due_s = math.inf
                 for instance in list(self._load_queue):
                     if instance.state is InstanceState.WAITING:
                         self._begin(instance, now_s)
@@ -537,7 +541,7 @@ class Lifecycle:
 
     def _begin(self, instance: Instance, now_s: float) -> None:
         """Starts a waiting instance's load if it may."""
-        if not self._plan(instance, now_s) or not self._turn(instance):
+        if not self._plan(instance, now_s) or not self._turn(instance, now_s):
             return
         track = instance.track
         if instance.settings.swap == "replace":
@@ -557,15 +561,18 @@ class Lifecycle:
         key = self.choice_key(instance)
         self._emit(PrepareLoad(instance.id, instance.staged.digest, key))
 
-    def _turn(self, instance: Instance) -> bool:
-        group = instance.plan[0].device
-        loading = sum(
-            1
-            for other in self.instances.values()
-            if other.state in (InstanceState.PREPARING, InstanceState.LOADING)
-            and other.candidate is not None
-            and other.candidate.device == group
-        )
+    def _turn(self, instance: Instance, now_s: float) -> bool:
+        """Whether its device has room for one more load; one that takes long no longer counts."""
+        device = instance.plan[0].device
+        loading = 0
+        for other in self.instances.values():
+            if other.candidate is None or other.candidate.device != device:
+                continue
+            if other.state is InstanceState.PREPARING:
+                loading += 1
+            elif other.state is InstanceState.LOADING and now_s < other.load_started_s + LOAD_PATIENCE_S:
+                loading += 1
+                self._queue_due_s = min(self._queue_due_s, other.load_started_s + LOAD_PATIENCE_S)
         return loading < self.config.loading.concurrency
 
     def _memory_allows(self, instance: Instance, now_s: float) -> bool:
@@ -1088,6 +1095,8 @@ class Lifecycle:
             due.append(self._started_s + self.config.server.startup_wait_s)
         if self._probe_wait_s is not None:
             due.append(self._probe_wait_s)
+        if self._queue_due_s != math.inf:
+            due.append(self._queue_due_s)
         return min(due, default=None)
 
     def _say_ready(self, now_s: float) -> None:

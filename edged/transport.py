@@ -123,7 +123,8 @@ class Router:
         self._frames_max = frames_max
         self._socket = socket = context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-        socket.setsockopt(zmq.MAXMSGSIZE, frame_bytes_max)
+        # libzmq hangs up on a frame above its limit, without a word: what is a little too large gets one.
+        socket.setsockopt(zmq.MAXMSGSIZE, 2 * frame_bytes_max)
         socket.setsockopt(zmq.RCVHWM, RECEIVE_HWM)
         socket.setsockopt(zmq.SNDHWM, SEND_HWM)
         socket.setsockopt(zmq.LINGER, 200)

@@ -438,6 +438,8 @@ def _warm_up(model: Model, samples: Sequence[agreement.Sample], runs: int, cance
     except RunFailed as e:
         if e.fatal:
             raise LoadFailed("DEVICE_FAILED", e.message, code=Code.UNAVAILABLE) from e
+        if e.reason == "MEMORY_LIMIT":
+            raise LoadFailed("MEMORY_LIMIT", e.message, code=Code.RESOURCE_EXHAUSTED) from e
         return e.message
     except agreement.NoInputs as e:
         return str(e)

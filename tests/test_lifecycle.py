@@ -728,3 +728,19 @@ def test_a_model_returns_to_the_device_that_works_again() -> None:
     world.send(DevicesChanged())
     world.settle()
     assert (world.serving().candidate, world.serving().fallback_reason) == (CUDA, "")
+
+
+def test_a_load_that_hangs_holds_up_nobody_for_long() -> None:
+    """One load at a time, but one that takes ten seconds lets the next begin."""
+    world = World(verdicts={CPU: "ok"})
+    world.hold_loads = True
+    world.put("a")
+    world.put("b")
+    world.settle()
+    assert len(world.loads()) == 1
+    world.pass_time(9.0, settle=False)
+    world.settle()
+    assert len(world.loads()) == 1
+    world.pass_time(2.0, settle=False)
+    world.settle()
+    assert len(world.loads()) == 2
