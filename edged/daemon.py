@@ -274,7 +274,12 @@ class Daemon:
             PATH=str(config.server.models),
             ENDPOINT=config.server.endpoint,
         )
-        self._core.lifecycle.restore((_entry_of(good), good.staged) for good in self._store.last_good())
+        served = self._store.last_good()
+        if not served:
+            # Nothing ever served from there, so no mount is missing: the first start makes the folder.
+            with contextlib.suppress(OSError):
+                config.server.models.mkdir(parents=True, exist_ok=True)
+        self._core.lifecycle.restore((_entry_of(good), good.staged) for good in served)
         for notice in self._store.notices:
             self._journal.emit("store_failed", DETAIL=notice)
         if find_spec("onnxruntime") is not None and "onnxruntime" not in config.runtimes:
@@ -671,7 +676,7 @@ class Daemon:
     def _scan_task(self) -> list[Event]:
         self._watcher.check()
         fault = self._watcher.fault
-        if fault is not None and fault != self._watcher_fault:
+        if fault is not None and fault != self._watcher_fault and self._config.server.models.exists():
             self._journal.emit("folder_polled", REASON=fault)
         self._watcher_fault = fault
         return [FolderScanned(scan(self._config.server.models), time.time())]

@@ -53,6 +53,15 @@ def second(daemon: Daemon, tmp_path: Path, **changes: Path) -> subprocess.Comple
     )
 
 
+def test_the_first_start_makes_the_models_folder(tmp_path: Path) -> None:
+    """A newcomer's `edged` serves a folder that is there to be filled, not a fault."""
+    with Daemon(tmp_path) as daemon:
+        daemon.models.rmdir()
+        daemon.start()
+        assert daemon.models.is_dir()
+        assert daemon.client.server_status()["models_fault"] is None
+
+
 def test_a_second_daemon_on_the_same_endpoint_gives_way(tmp_path: Path) -> None:
     """It ends with a sentence; the first one's sockets are untouched."""
     with running_daemon(tmp_path, models=ONE) as daemon:
@@ -230,11 +239,12 @@ def test_ready_does_not_wait_for_ever(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_ready_too(tmp_path: Path) -> None:
-    """And says so; a folder that is not there is a fault that status names."""
+    """And says so; one that cannot be looked into is a fault that status names."""
     with Daemon(tmp_path) as daemon:
         assert "0 models ready" in daemon.start().notices[-1]["STATUS"]
         daemon.stop()
         daemon.models.rmdir()
+        daemon.models.touch()
         daemon.start()
         assert daemon.client.server_status()["models_fault"]
 
