@@ -25,6 +25,7 @@ from typing import Any
 import msgpack
 
 from edged.arena import Arena, ArenaBoundsError
+from edged.tensors import TensorSpec
 
 __all__ = ["ProbeProcess", "Spawner", "WorkerGone", "WorkerLimits", "WorkerProcess"]
 
@@ -33,6 +34,9 @@ PACKET_BYTES_MAX = 256 * 1024
 
 PACKETS_PER_TURN = 64
 """Read from one worker before others have their turn."""
+
+LARGE_REPLY_BYTES_MAX = 17 << 20
+"""Of one reply that came by way of the slot: a little more than a worker allows itself."""
 
 PROBE_REPLY_BYTES_MAX = 64 * 1024
 """Of a probe's verdict; what is beyond it is cut, which makes it unreadable and so a driver_error."""
@@ -289,34 +293,66 @@ class WorkerProcess:
         self.control_fd = control.fileno()
         self._ended: str | None = None
         self._kill_asked = False
+        self._fault = ""
         self._buffer = bytearray(PACKET_BYTES_MAX)
+        self._runs: set[int] = set()
+        self._loads: set[int] = set()
+        """What it was given and has not answered: it may speak of nothing else."""
 
     def __repr__(self) -> str:
         return f"<WorkerProcess {self.runtime} pid={self.pid} {self._ended or 'running'}>"
 
     def send_run(self, packet: list[Any]) -> bool:
         """Sends a run; False when the worker's socket is full. Raises WorkerGone."""
+        self._runs.add(packet[1])
         return self._send(self._data, msgpack.packb(packet), None)
 
     def send_control(self, packet: list[Any], fd: int | None = None) -> bool:
         """Sends a command; False when the worker's socket is full. Raises WorkerGone."""
+        if packet[0] == "load":
+            self._loads.add(packet[1])
         return self._send(self._control, msgpack.packb(packet), fd)
 
     def recv_data(self) -> list[list[Any]]:
-        """The answers that are there, at most `PACKETS_PER_TURN`. Raises WorkerGone when it hung up."""
+        """The answers that are there, at most `PACKETS_PER_TURN`, each to a run that this worker was given.
+
+        Raises WorkerGone when it hung up, or said what no worker says; then it is killed too.
+        """
         packets = self._receive(self._data)
-        for at, packet in enumerate(packets):
-            if packet[0] == "done_large":
-                packets[at] = self._read_large(packet)
+        try:
+            for at, packet in enumerate(packets):
+                if packet[0] == "done_large":
+                    packet = packets[at] = self._read_large(packet)
+                _check_answer(packet)
+                self._runs.remove(packet[1])
+        except (KeyError, TypeError, ValueError, WorkerGone) as e:
+            raise self._gone_wrong(e) from None
         return packets
 
     def recv_control(self) -> list[list[Any]]:
-        """What the control thread has said. Raises WorkerGone when it hung up."""
-        packets = self._receive(self._control)
-        for packet in packets:
-            if packet[0] == "hello" and self.pid is None:
-                self.is_born(packet[1])
-        return packets
+        """What the control thread has said. Raises WorkerGone as `recv_data` does."""
+        heard = []
+        try:
+            for packet in self._receive(self._control):
+                _check_word(packet)
+                if packet[0] == "hello":
+                    if self.pid is None:
+                        self.is_born(packet[1])
+                    packet[1] = self.pid  # the template's or the first word: later it can be no other one
+                elif packet[0] in ("loaded", "load_failed"):
+                    if packet[1] not in self._loads:
+                        continue  # another worker's, or withdrawn
+                    self._loads.remove(packet[1])
+                heard.append(packet)
+        except (AttributeError, KeyError, TypeError, ValueError) as e:
+            raise self._gone_wrong(e) from None
+        return heard
+
+    def _gone_wrong(self, error: Exception) -> WorkerGone:
+        """It said what no worker says: whatever it is by now, it is ended."""
+        self.kill()
+        self._fault = f"it sent what no worker sends: {str(error)[:200]}"
+        return WorkerGone(f"worker {self.pid}: {self._fault}")
 
     def kill(self) -> None:
         """Ends the process now; idempotent, also before its pid is known."""
@@ -336,6 +372,8 @@ class WorkerProcess:
                     self.spawner.drain()
             else:
                 self._ended = _wait(self.pid)
+            if self._ended is not None and self._fault:
+                self._ended = f"{self._fault}; {self._ended}"
         return self._ended
 
     def close(self) -> None:
@@ -380,7 +418,10 @@ class WorkerProcess:
                 return self._hang_up(packets, e.strerror or str(e))
             if size == 0:
                 return self._hang_up(packets, "end of file")
-            packets.append(_unpack(memoryview(self._buffer)[:size]))
+            try:
+                packets.append(_unpack(memoryview(self._buffer)[:size]))
+            except WorkerGone as e:
+                raise self._gone_wrong(e) from None
         return packets
 
     def _hang_up(self, packets: list[list[Any]], why: str) -> list[list[Any]]:
@@ -392,6 +433,8 @@ class WorkerProcess:
     def _read_large(self, packet: list[Any]) -> list[Any]:
         try:
             _, run_id, slot, offset, nbytes = packet
+            if nbytes > LARGE_REPLY_BYTES_MAX:
+                raise ValueError(f"a reply of {nbytes} bytes")
             done = _unpack(self.arena.read(slot, offset, nbytes))
         except (ArenaBoundsError, ValueError, TypeError) as e:
             raise WorkerGone(f"worker {self.pid} sent a reply that is none: {e}") from None
@@ -571,9 +614,52 @@ def _wait(pid: int) -> str | None:
 
 def _unpack(raw: memoryview) -> list[Any]:
     try:
-        packet = msgpack.unpackb(raw, strict_map_key=False)
-    except ValueError as e:
+        # A timestamp becomes a float, since an encoder of ours may meet it again.
+        packet = msgpack.unpackb(raw, strict_map_key=False, timestamp=1, ext_hook=_no_extension)
+    except (ValueError, TypeError, RecursionError) as e:  # TypeError: a map's key that cannot be one
         raise WorkerGone(f"a worker sent what is not msgpack: {e}") from None
     if not isinstance(packet, list) or not packet:
         raise WorkerGone("a worker sent what is no packet")
     return packet
+
+
+def _no_extension(code: int, data: bytes) -> None:
+    raise ValueError(f"an extension of type {code}")
+
+
+def _check_answer(packet: list[Any]) -> None:
+    """Raises ValueError unless this is an answer to a run; its outputs are checked when they are sent."""
+    if packet[0] == "done":
+        _, run_id, _, outputs, compute_ns = packet
+        if type(run_id) is int and type(outputs) is list and type(compute_ns) is int and compute_ns >= 0:
+            return
+    elif packet[0] == "failed":
+        _, run_id, _, code, reason, message = packet
+        texts = (code, message, "" if reason is None else reason)
+        if type(run_id) is int and all(type(text) is str for text in texts):
+            return
+    raise ValueError(f"{str(packet)[:200]} is no answer")
+
+
+def _check_word(packet: list[Any]) -> None:
+    """Raises unless this is something that a worker says on its control socket."""
+    kind = packet[0]
+    if kind == "hello":
+        good = type(packet[1:] and packet[1]) is int and packet[1] > 0
+    elif kind == "loaded":
+        _, instance, info = packet
+        specs = [TensorSpec.from_wire(wire) for wire in (*info["inputs"], *info["outputs"])]
+        texts = [info["runtime"], info["device"], info["precision"], *[s.name for s in specs]]
+        texts += [s.datatype for s in specs]
+        good = type(instance) is int and all(type(text) is str for text in texts)
+        good &= all(type(d) is int for s in specs for d in s.shape or ())
+        good &= type(info.get("rss_bytes") or 0) is int and type(info.get("metadata") or {}) is dict
+    elif kind == "load_failed":
+        _, instance, *texts = packet
+        good = type(instance) is int and len(texts) == 3 and all(type(text) is str for text in texts)
+    elif kind == "measured":
+        good = len(packet) == 2 and type(packet[1]) is dict
+    else:
+        good = kind == "unloaded" and len(packet) == 2
+    if not good:
+        raise ValueError(f"{str(packet)[:200]} is no packet of a worker's")

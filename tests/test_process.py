@@ -10,10 +10,12 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgpack
 import numpy as np
 import pytest
 
-from edged.process import Spawner, WorkerGone, describe_exit
+from edged import process
+from edged.process import Spawner, WorkerGone, WorkerLimits, describe_exit
 from edged.runtimes.tiny import tiny_model
 from edged.testing import write_fake_model
 from tests.worker_helpers import WAIT_S, Handle, _wait_exit
@@ -288,3 +290,76 @@ def test_probe_of_what_is_not_installed_costs_no_process(
 def test_exits_in_words(status: int, text: str) -> None:
     """A return code is told in words."""
     assert describe_exit(status) == text
+
+
+_INFO = {"inputs": [], "outputs": [], "runtime": "fake", "device": "CPU", "precision": "f32"}
+
+
+@pytest.mark.parametrize(
+    ("socket", "said"),
+    [
+        ("data", ["done"]),
+        ("data", ["done", 1, 0, [], "soon"]),
+        ("data", ["done", 1, 0, None, 5]),
+        ("data", ["done", 2, 0, [], 5]),
+        ("data", ["failed", 1, 0, 7, None, ""]),
+        ("data", ["done_large", 1, 0, 0, 1 << 40]),
+        ("data", ["done_large", 1, 0, "x", 5]),
+        ("data", [["done"]]),
+        ("data", b"\x91\x81\x91\x01\x02"),
+        ("data", b"\x91\xc7\x01\x05\x00"),
+        ("data", b""),
+        ("control", ["hello"]),
+        ("control", ["hello", "x"]),
+        ("control", ["hello", -5]),
+        ("control", ["loaded", 1, None]),
+        ("control", ["loaded", 1, {**_INFO, "inputs": [{"name": 1, "datatype": "FP32", "shape": [1]}]}]),
+        ("control", ["loaded", 1, {**_INFO, "rss_bytes": "many"}]),
+        ("control", ["load_failed", 1]),
+        ("control", ["load_failed", 1, 2, 3, 4]),
+        ("control", ["measured"]),
+        ("control", ["measured", 7]),
+        ("control", [{}]),
+    ],
+)
+def test_what_no_worker_says_ends_it(socket: str, said: list[object] | bytes) -> None:
+    """A worker that was taken over may say anything: it is gone then, and nothing else happens."""
+    worker, data, control = process._pair("fake", WorkerLimits(None, 1 << 20), 1)
+    with data, control:
+        worker.send_run(["run", 1])
+        worker.send_control(["load", 1, {}])
+        raw = said if isinstance(said, bytes) else msgpack.packb(said)
+        (data if socket == "data" else control).send(raw)
+        if not raw:
+            (data if socket == "data" else control).close()
+        with pytest.raises(WorkerGone):
+            worker.recv_data() if socket == "data" else worker.recv_control()
+    worker.close()
+
+
+def test_a_worker_speaks_of_its_own_only() -> None:
+    """Loads of other workers, a second answer and another process's pid are not passed on."""
+    worker, data, control = process._pair("fake", WorkerLimits(None, 1 << 20), 1)
+    with data, control:
+        worker.send_run(["run", 1])
+        worker.send_control(["load", 4, {}])
+        for word in (
+            ["hello", 99_999_999, {}],
+            ["hello", 1, {}],
+            ["load_failed", 5, "INTERNAL", "X", "another's"],
+            ["loaded", 4, _INFO],
+            ["loaded", 4, _INFO],
+        ):
+            control.send(msgpack.packb(word))
+        heard = worker.recv_control()
+        assert [packet[:2] for packet in heard] == [
+            ["hello", 99_999_999],
+            ["hello", 99_999_999],
+            ["loaded", 4],
+        ]
+        data.send(msgpack.packb(["done", 1, 0, [], 5]))
+        assert worker.recv_data() == [["done", 1, 0, [], 5]]
+        data.send(msgpack.packb(["done", 1, 0, [], 5]))
+        with pytest.raises(WorkerGone):
+            worker.recv_data()
+    worker.close()
