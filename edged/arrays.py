@@ -146,7 +146,8 @@ def from_raw(datatype: str, shape: Sequence[int], buffer: Buffer) -> Array:
         return np.frombuffer(buffer, dtype_of(datatype)).reshape(shape)
     except ValueError as e:
         raise InvalidArgument(
-            f"{len(buffer)} bytes are not a {datatype} tensor of shape {list(shape)}: {e}", reason="BAD_DATA"
+            f"{len(buffer)} bytes are not a {datatype} tensor of shape {list(shape)}: {e}",
+            reason="BAD_BYTES" if datatype == "BYTES" else "BAD_DATA",
         ) from None
 
 

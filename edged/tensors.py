@@ -162,6 +162,10 @@ def check_bytes_elements(name: str, raw: bytes | memoryview, count: int) -> None
     """Raises InvalidArgument unless `raw` is exactly `count` length-prefixed elements."""
     at, end, seen = 0, len(raw), 0
     while at < end:
+        if seen == count:
+            raise InvalidArgument(
+                f"input '{name}': the shape holds {count} BYTES elements, the data more", reason="BAD_BYTES"
+            )
         if end - at < 4:
             raise InvalidArgument(
                 f"input '{name}': BYTES data ends inside a length, after element {seen}", reason="BAD_BYTES"

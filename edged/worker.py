@@ -57,7 +57,7 @@ INLINE_REPLY_BYTES_MAX = 150_000
 """A reply beyond this goes through the slot; well below what the socket takes."""
 
 LARGE_REPLY_BYTES_MAX = 16 << 20
-"""Of one reply's sequences and maps: beyond it the supervisor would have to decode too much at once."""
+"""Of one reply's sequences and maps: they stand in the reply's header, which its client reads at once."""
 
 CANCELLED_MAX = 4096
 """Cancels kept for runs that have not begun; more than any queue between the two can hold."""
@@ -182,7 +182,8 @@ class Worker:
                     value = np.asarray(value)
                 else:
                     datatype, data = arrays.value_to_wire(value)
-                    placed.append([name, datatype, None, None, None, data])
+                    # Packed already, so that the supervisor need not take millions of numbers apart.
+                    placed.append([name, datatype, None, None, None, msgpack.packb(data)])
                     continue
             datatype = loaded.datatypes[name]
             raw: Any = value

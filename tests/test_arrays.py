@@ -128,8 +128,9 @@ def test_what_has_no_datatype_is_refused(array: np.ndarray) -> None:
 )
 def test_bytes_that_do_not_fit_are_refused(datatype: str, shape: list[int], raw: bytes) -> None:
     """A wrong length, count or datatype is InvalidArgument, not an array of something else."""
-    with pytest.raises(InvalidArgument):
+    with pytest.raises(InvalidArgument) as found:
         from_raw(datatype, shape, raw)
+    assert found.value.reason == {"BYTES": "BAD_BYTES", "FP8": "BAD_DATATYPE"}.get(datatype, "BAD_DATA")
 
 
 def _tensor(wire: object) -> np.ndarray:

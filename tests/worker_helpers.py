@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import msgpack
 import numpy as np
 
 from edged import arrays
@@ -110,7 +111,7 @@ class Handle:
         outputs: dict[str, Any] = {}
         for name, datatype, shape, offset, nbytes, *data in packet[3]:
             if data:
-                outputs[name] = (datatype, data[0])
+                outputs[name] = (datatype, msgpack.unpackb(data[0], strict_map_key=False))
             else:
                 raw = self.process.arena.read(packet[2], offset, nbytes)
                 outputs[name] = np.array(arrays.from_raw(datatype, shape, raw))
