@@ -9,14 +9,16 @@ measurement at once; the next idle time has to be longer before it is tried agai
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edged.devices import Candidate, plan
-from edged.events import Effect, Log, StartMeasure, StopMeasure
-from edged.instances import Instance, InstanceState
+from edged.devices import Candidate
+from edged.events import Log, StartMeasure, StopMeasure
+from edged.instances import Instance, InstanceState, Surroundings
 from edged.lifecycle import Lifecycle
+from edged.placement import Placement
+from edged.registry import Registry
+from edged.workers import Workers
 
 __all__ = ["Chooser"]
 
@@ -44,9 +46,21 @@ class _Measurement:
 class Chooser:
     """Decides what to measure, and what follows from it."""
 
-    def __init__(self, lifecycle: Lifecycle, emit: Callable[[Effect], None], now_s: float) -> None:
+    def __init__(
+        self,
+        around: Surroundings,
+        *,
+        registry: Registry,
+        workers: Workers,
+        placement: Placement,
+        lifecycle: Lifecycle,
+        now_s: float,
+    ) -> None:
+        self._around = around
+        self._registry = registry
+        self._workers = workers
+        self._placement = placement
         self._lifecycle = lifecycle
-        self._emit = emit
         self._last_request_s = now_s
         self._idle_needed_s = IDLE_FIRST_S
         self._running: _Measurement | None = None
@@ -66,7 +80,7 @@ class Chooser:
 
     def _stop(self) -> None:
         if self._running is not None:
-            self._emit(StopMeasure(self._running.id))
+            self._around.emit(StopMeasure(self._running.id))
             self._running = None
 
     def next_due_s(self) -> float | None:
@@ -91,46 +105,32 @@ class Chooser:
         if found is None:
             return
         instance, candidate = found
-        lifecycle = self._lifecycle
         self._ids += 1
         self._running = _Measurement(self._ids, instance.id, candidate, now_s + LIMIT_S)
-        current = instance.plan[0]
-        spec: dict[str, Any] = {
-            **lifecycle.model_spec(instance),
-            "reference": lifecycle.where_spec(current, instance.settings),
-            "candidate": lifecycle.where_spec(candidate, instance.settings),
-            "budget_s": BUDGET_S,
-        }
+        spec = self._workers.measure_spec(instance, candidate, budget_s=BUDGET_S)
         # Both runtimes load the model in that process.
-        self._emit(StartMeasure(self._ids, spec, 2 * lifecycle.memory_max_bytes(instance.settings)))
+        data_bytes = 2 * self._workers.memory_max_bytes(instance.settings)
+        self._around.emit(StartMeasure(self._ids, spec, data_bytes))
 
     def _next(self) -> tuple[Instance, Candidate] | None:
-        lifecycle = self._lifecycle
-        serving = [t.serving for t in lifecycle.tracks.values() if t.serving is not None]
-        if any(t.incoming is not None for t in lifecycle.tracks.values()):
+        tracks = self._registry.tracks.values()
+        if any(t.incoming is not None for t in tracks):
             return None
-        if lifecycle.verdict is not None and lifecycle.verdict.level > 0:
+        if self._around.guard is not None and self._around.guard.level > 0:
             return None
-        for instance in serving:
+        for instance in [t.serving for t in tracks if t.serving is not None]:
             if instance.state is InstanceState.READY and instance.choice in ("default", "inherited"):
-                for candidate in self._candidates(instance):
-                    if candidate not in instance.measured and candidate != instance.plan[0]:
-                        return instance, candidate
+                unmeasured = self._unmeasured(instance)
+                if unmeasured:
+                    return instance, unmeasured[0]
         return None
 
-    def _candidates(self, instance: Instance) -> tuple[Candidate, ...]:
-        lifecycle = self._lifecycle
-        devices = lifecycle.config.devices
-        return plan(
-            selector="auto",
-            runtime=None,
-            policy="prefer",
-            model_format=instance.entry.format,
-            verdicts=lifecycle.verdicts,
-            order=devices.order,
-            exclude=devices.exclude,
-            may_wait=False,
-        ).candidates
+    def _unmeasured(self, instance: Instance) -> list[Candidate]:
+        return [
+            c
+            for c in self._placement.comparable(instance)
+            if c not in instance.measured and c != instance.plan[0]
+        ]
 
     def on_measured(self, measure: int, result: dict[str, Any] | None, how: str, now_s: float) -> None:
         """A measurement has ended; one that was stopped does not count."""
@@ -141,11 +141,11 @@ class Chooser:
         self._note(running, result or {"agrees": False, "proven": False, "why": how}, now_s)
 
     def _note(self, running: _Measurement, result: dict[str, Any], now_s: float) -> None:
-        instance = self._lifecycle.instances.get(running.instance)
+        instance = self._registry.instances.get(running.instance)
         if instance is None:
             return
         instance.measured[running.candidate] = result
-        self._emit(
+        self._around.emit(
             Log(
                 "choice_measured",
                 {
@@ -156,9 +156,8 @@ class Chooser:
                 },
             )
         )
-        if any(c not in instance.measured and c != instance.plan[0] for c in self._candidates(instance)):
-            return
-        self._conclude(instance, now_s)
+        if not self._unmeasured(instance):
+            self._conclude(instance, now_s)
 
     def _conclude(self, instance: Instance, now_s: float) -> None:
         best, gain = None, 0.0
@@ -167,11 +166,11 @@ class Chooser:
             if found > gain:
                 best, gain = candidate, found
         chosen = best or instance.plan[0]
-        self._lifecycle.remember(instance, chosen)
+        self._placement.remember(instance, chosen)
         if best is None:
             instance.choice = "measured"
             return
-        self._emit(
+        self._around.emit(
             Log(
                 "choice_switched",
                 {

@@ -1,9 +1,11 @@
 """The one decider: an event and the time go in, effects come out.
 
 Pure: no socket, no process, no file, no clock, no log. `Core.handle` is all that the daemon calls; everything
-that can happen is an event, everything that is to be done an effect. The core itself owns the requests'
-way (which the scheduler keeps in order) and hands the models' way to the lifecycle and the choice of
-devices to the chooser. Its promise: every request that it is given is answered exactly once.
+that can happen is an event, everything that is to be done an effect. The core itself owns the requests' way
+(which the scheduler keeps in order). It puts together the modules that have the models' way and hands each
+event to its owner: to `entries` what happened in the folder, to `lifecycle` what happened to an instance, to
+`placement` what happened to a device, to `chooser` what was measured. Its promise: every request that it is
+given is answered exactly once.
 """
 
 from __future__ import annotations
@@ -17,6 +19,7 @@ from edged import resources, status
 from edged.choosing import Chooser
 from edged.config import Config
 from edged.devices import Verdict
+from edged.entries import Entries
 from edged.errors import (
     Cancelled,
     DeadlineExceeded,
@@ -60,12 +63,15 @@ from edged.events import (
     WorkerGone,
     WorkerHello,
 )
-from edged.instances import SLOTS_PER_WORKER, Instance, InstanceState, Machine, Worker
+from edged.instances import SLOTS_PER_WORKER, Instance, InstanceState, Machine, Surroundings, Worker
 from edged.lifecycle import RUN_HUNG, Lifecycle
 from edged.messages import RequestId, Route, TensorData
+from edged.placement import Placement
+from edged.registry import Registry
 from edged.scheduler import Job, JobState, Scheduler
 from edged.tensors import check_shape, shape_text
 from edged.wire import WireLimits, cut, input_data, timing_parameters, unknown_parameters
+from edged.workers import Workers
 
 __all__ = ["Core", "Identity"]
 
@@ -112,7 +118,7 @@ class Core:
         now_s: float,
         epoch_offset_s: float = 0.0,
     ) -> None:
-        self.config = config
+        self.around = Surroundings(config, machine, self._emit)
         self.identity = identity
         self.started_s = now_s
         self.epoch_offset_s = epoch_offset_s
@@ -121,7 +127,6 @@ class Core:
         self.spin_until_s = 0.0
         """Until then the answer of a short run is so near that sleeping for it would take longer."""
         self.sample: resources.Sample | None = None
-        self.guard: resources.Verdict | None = None
         self.counters = {"requests": 0, "refused": 0, "bad_messages": 0, "inferences": 0}
         self._stop_at_s = math.inf
         self._seq = 0
@@ -137,8 +142,26 @@ class Core:
             inflight_per_client=limits.inflight_per_client,
             clients=limits.clients,
         )
-        self.lifecycle = Lifecycle(config, machine=machine, emit=self._emit, hooks=self, now_s=now_s)
-        self.chooser = Chooser(self.lifecycle, self._emit, now_s)
+        self.registry = Registry()
+        self.workers = Workers(self.around)
+        self.placement = Placement(self.around, now_s=now_s)
+        self.lifecycle = Lifecycle(
+            self.around,
+            registry=self.registry,
+            workers=self.workers,
+            placement=self.placement,
+            hooks=self,
+            now_s=now_s,
+        )
+        self.entries = Entries(self.around, registry=self.registry, lifecycle=self.lifecycle)
+        self.chooser = Chooser(
+            self.around,
+            registry=self.registry,
+            workers=self.workers,
+            placement=self.placement,
+            lifecycle=self.lifecycle,
+            now_s=now_s,
+        )
         self._handlers: dict[type[Event], Callable[[Any, float], None]] = {
             RequestArrived: self._on_request,
             RunDone: self._on_run_done,
@@ -150,7 +173,7 @@ class Core:
     @property
     def wire_limits(self) -> WireLimits:
         """The wire's bounds, from the settings."""
-        limits = self.config.limits
+        limits = self.around.config.limits
         return WireLimits(
             limits.header_bytes, limits.message_bytes, limits.frames, limits.tensors, limits.rank
         )
@@ -245,7 +268,7 @@ class Core:
             due_s = min(due_s, deadline_s)
             if due_s <= now_s:
                 raise DeadlineExceeded("the request arrived after its deadline", reason="EXPIRED_ON_ARRIVAL")
-        instance = self.lifecycle.lookup(request.model_name, request.model_version)
+        instance = self.registry.lookup(request.model_name, request.model_version)
         scheduler = self.scheduler
         scheduler.check_room(event.route, request.id)
         try:
@@ -272,7 +295,7 @@ class Core:
         except EdgedError:
             instance.stats.failure("reject", 0)
             raise
-        worker = self.lifecycle.workers.get(instance.worker) if instance.worker is not None else None
+        worker = self.workers.table.get(instance.worker) if instance.worker is not None else None
         if worker is not None and worker.free_slots:
             self._dispatch(worker, now_s)
 
@@ -325,7 +348,7 @@ class Core:
 
     def _dispatch(self, worker: Worker, now_s: float) -> None:
         """Hands waiting jobs to a worker's free slots."""
-        instances = self.lifecycle.instances
+        instances = self.registry.instances
         serving = [
             i
             for i in worker.instances
@@ -438,7 +461,7 @@ class Core:
     def _after_run(self, run: _Run, now_s: float) -> None:
         self._dispatch(run.worker, now_s)
         if run.instance.state is InstanceState.DRAINING:
-            self.lifecycle.check_drained(run.instance, now_s)
+            self.lifecycle.retirement.check_drained(run.instance, now_s)
             self._slow_due_s = self._slow_due(now_s)
 
     def _answer(self, job: Job, instance: Instance | None, error: EdgedError, now_s: float) -> None:
@@ -453,7 +476,7 @@ class Core:
         """How many of an instance's runs are with its worker."""
         return sum(1 for run in self._runs.values() if run.instance is instance)
 
-    # Hooks of the lifecycle.
+    # ------------------------------------------------------------------ hooks of those that move instances
 
     def busy(self, instance: Instance) -> bool:
         """Whether jobs wait or run for an instance."""
@@ -477,7 +500,7 @@ class Core:
     def _worker_gone(self, event: WorkerGone, now_s: float) -> None:
         """The oldest run was the one that ran; those behind it had not begun and go back into their queue."""
         lost = [(run_id, run) for run_id, run in self._runs.items() if run.worker.id == event.worker]
-        worker = self.lifecycle.workers.get(event.worker)
+        worker = self.workers.table.get(event.worker)
         why = event.how if worker is None else worker.killed_for or event.how
         for position, (run_id, run) in enumerate(lost):
             self._end_run(run_id, now_s)
@@ -498,7 +521,7 @@ class Core:
     # ------------------------------------------------------------------ time
 
     def _on_tick(self, event: Tick, now_s: float) -> None:
-        instances = self.lifecycle.instances
+        instances = self.registry.instances
         for job in self.scheduler.expired(now_s):
             if job.state is JobState.RUNNING:
                 run = self._runs.get(job.run_id)
@@ -512,7 +535,7 @@ class Core:
             instance = instances.get(job.instance)
             self._answer(job, instance, error, now_s)
             if instance is not None and instance.state is InstanceState.DRAINING:
-                self.lifecycle.check_drained(instance, now_s)
+                self.lifecycle.retirement.check_drained(instance, now_s)
         if now_s >= self._run_check_s:
             self._check_runs(now_s)
         if self._slow_due_s is not None and now_s >= self._slow_due_s:
@@ -527,7 +550,7 @@ class Core:
         due = math.inf
         for run_id, run in list(self._runs.items()):
             if now_s >= run.kill_at_s:
-                self.lifecycle.kill_worker(run.worker.id, RUN_HUNG, now_s)
+                self.workers.kill(run.worker, RUN_HUNG, now_s)
                 run.kill_at_s = math.inf
             elif now_s >= run.stop_at_s:
                 run.stop_at_s, run.kill_at_s = math.inf, now_s + RUN_GRACE_S
@@ -551,36 +574,36 @@ class Core:
 
     def _answer_rest(self, now_s: float) -> None:
         error = Unavailable("the daemon is stopping", reason="SERVER_STOPPING", retry_after_ms=2000)
-        for instance in list(self.lifecycle.instances.values()):
+        for instance in list(self.registry.instances.values()):
             self.flush(instance, error)
 
     # ------------------------------------------------------------------ everything that is not hot
 
     def _on_slow(self, event: Event, now_s: float) -> None:
-        lifecycle = self.lifecycle
+        lifecycle, entries = self.lifecycle, self.entries
         match event:
             case InstanceLoaded(worker=worker_id, instance=instance, info=info):
                 self._on_loaded(worker_id, instance, info, now_s)
             case InstanceLoadFailed(instance=instance, reason=reason, message=message):
                 lifecycle.on_load_failed(instance, reason, message, now_s)
             case WorkerHello(worker=worker_id, pid=pid):
-                if worker_id in lifecycle.workers:
-                    lifecycle.workers[worker_id].pid = pid
+                if worker_id in self.workers.table:
+                    self.workers.table[worker_id].pid = pid
                     self._out.append(Log("worker_started", {"PID": str(pid)}))
             case WorkerGone():
                 self._worker_gone(event, now_s)
             case FolderScanned(snapshot=snapshot, wall_s=wall_s):
-                lifecycle.on_scanned(snapshot, now_s, wall_s)
+                entries.on_scanned(snapshot, now_s, wall_s)
             case Staged(entry=entry, staged=staged, quarantined=quarantined):
-                lifecycle.on_staged(entry, staged, quarantined, now_s)
+                entries.on_staged(entry, staged, quarantined, now_s)
             case StageFailed(entry=entry, reason=reason, message=message, again=again):
-                lifecycle.on_stage_failed(entry, reason, message, again, now_s)
+                entries.on_stage_failed(entry, reason, message, again, now_s)
             case LoadPrepared(instance=instance, choice=choice):
                 lifecycle.on_load_prepared(instance, choice, now_s)
             case Probed(verdict=verdict):
-                lifecycle.on_probed(Verdict.from_wire(verdict), now_s)
+                self._on_probed(Verdict.from_wire(verdict), now_s)
             case DevicesChanged():
-                self._reprobe()
+                self.placement.reprobe()
             case Measured(measure=measure, result=result, how=how):
                 self.chooser.on_measured(measure, result, how, now_s)
             case Sampled(sample=sample):
@@ -593,39 +616,37 @@ class Core:
                 raise TypeError(f"no handler for {type(event).__name__}")
 
     def _on_loaded(self, worker_id: int, instance_id: int, info: dict[str, Any], now_s: float) -> None:
-        lifecycle = self.lifecycle
-        instance = lifecycle.instances.get(instance_id)
-        worker = lifecycle.workers.get(worker_id)
+        instance = self.registry.instances.get(instance_id)
+        worker = self.workers.table.get(worker_id)
         if worker is None:
             return
         if instance is None or instance.worker != worker_id or instance.state is not InstanceState.LOADING:
             # It was given up while the word was on its way: its memory must not stay behind.
             self._out.append(UnloadInstance(worker_id, instance_id))
             return
-        lifecycle.on_loaded(instance_id, info, now_s)
+        self.lifecycle.on_loaded(instance_id, info, now_s)
         self._dispatch(worker, now_s)
 
-    def _reprobe(self) -> None:
-        for candidate, verdict in list(self.lifecycle.verdicts.items()):
-            if verdict is not None and candidate.gpu_like:
-                self.lifecycle.probe(candidate)
+    def _on_probed(self, verdict: Verdict, now_s: float) -> None:
+        came = self.placement.on_probed(verdict)
+        if verdict.status == "ok":
+            self.entries.retry_for_device()
+        if came and self.lifecycle.ready:
+            self.lifecycle.offer_device(verdict.candidate)
+        self.lifecycle.step(now_s)
 
     def _on_sampled(self, sample: resources.Sample, now_s: float) -> None:
         self.sample = sample
-        settings = self.config.resources
+        settings = self.around.config.resources
         limits = resources.ResourceLimits(
-            memory_bytes=self.lifecycle.machine.memory_limit_bytes,
+            memory_bytes=self.around.machine.memory_limit_bytes,
             memory_pressure=settings.memory_pressure,
             disk_free_min_bytes=settings.disk_free_min_bytes,
             temperature_max_c=settings.temperature_max_c,
         )
-        budgets = {
-            w.pid: w.memory_max_bytes
-            for w in self.lifecycle.workers.values()
-            if w.pid is not None and w.memory_max_bytes is not None
-        }
-        before = self.guard
-        guard = self.guard = resources.judge(sample, limits, budgets=budgets, previous=before)
+        before = self.around.guard
+        guard = resources.judge(sample, limits, budgets=self.workers.budgets(), previous=before)
+        self.around.guard = guard
         if guard.level != (before.level if before is not None else resources.Level.OK):
             eased = before is not None and guard.level < before.level
             kind = "pressure_eased" if eased else "pressure_changed"
@@ -634,12 +655,12 @@ class Core:
             self._emit(Publish("resource.pressure", payload))
             if guard.level >= resources.Level.SHRINK:
                 self._out.append(ShrinkWorkers())
-        self.lifecycle.on_sampled(guard, {w.pid: w.rss_bytes for w in sample.workers}, now_s)
+        rss_bytes = {w.pid: w.rss_bytes for w in sample.workers}
+        self.workers.on_sampled(rss_bytes, guard.over_budget, now_s)
 
     def _on_config(self, config: Config) -> None:
         """What can change while running does; the rest needs a restart, and the log says which."""
-        old, self.config = self.config, config
-        self.lifecycle.config = config
+        old, self.around.config = self.around.config, config
         self.scheduler.queue_length = config.limits.queue_length
         self.scheduler.queue_bytes = config.limits.queue_bytes
         self.scheduler.inflight_per_client = config.limits.inflight_per_client
@@ -647,13 +668,13 @@ class Core:
         if config.log.level != old.log.level:
             self._out.append(SetLogLevel(config.log.level))
         self._out.append(Scan(0.0))
-        self._reprobe()
+        self.placement.reprobe()
 
     def _on_shutdown(self, now_s: float) -> None:
         if self.stopping:
             return
         self.stopping = True
-        self._stop_at_s = now_s + self.config.server.shutdown_grace_s
+        self._stop_at_s = now_s + self.around.config.server.shutdown_grace_s
         self._emit(Publish("server.state", {"state": "stopping"}))
         self._out.append(Log("server_stopping", {"DETAIL": f"{self.scheduler.in_flight} requests in flight"}))
 
@@ -671,20 +692,20 @@ class Core:
             case "model_ready":
                 return {"name": request.model_name, "ready": self._model_ready(event)}
             case "model_metadata":
-                instance = self.lifecycle.lookup(request.model_name, request.model_version)
-                return status.model_metadata(self.lifecycle, instance)
+                instance = self.registry.lookup(request.model_name, request.model_version)
+                return status.model_metadata(self.registry, instance)
             case "model_statistics":
                 return {
                     "model_stats": status.model_statistics(self, request.model_name, request.model_version)
                 }
             case "repository_index":
-                return {"models": status.repository_index(self.lifecycle)}
+                return {"models": status.repository_index(self.registry)}
             case "cancel":
                 return self._cancel(event, now_s)
             case "repository_model_load":
-                self.lifecycle.load(request.model_name, now_s)
+                self.entries.load(request.model_name)
             case "repository_model_unload":
-                self.lifecycle.unload(request.model_name, now_s)
+                self.entries.unload(request.model_name, now_s)
                 self._slow_due_s = self._slow_due(now_s)
             case "server_status":
                 return status.server_status(self, now_s)
@@ -696,7 +717,7 @@ class Core:
 
     def _model_ready(self, event: RequestArrived) -> bool:
         try:
-            instance = self.lifecycle.lookup(event.request.model_name, event.request.model_version)
+            instance = self.registry.lookup(event.request.model_name, event.request.model_version)
         except Unavailable:
             return False
         return instance.state is InstanceState.READY
@@ -711,10 +732,10 @@ class Core:
             )
         if job.state is JobState.RUNNING:
             self._out.append(CancelRun(self._runs[job.run_id].worker.id, job.run_id))
-        instance = self.lifecycle.instances.get(job.instance)
+        instance = self.registry.instances.get(job.instance)
         self._answer(job, instance, Cancelled("withdrawn by the client", reason="CANCELLED_BY_CLIENT"), now_s)
         if instance is not None and instance.state is InstanceState.DRAINING:
-            self.lifecycle.check_drained(instance, now_s)
+            self.lifecycle.retirement.check_drained(instance, now_s)
         return {"cancelled": True}
 
     def _log_settings(self, event: RequestArrived) -> dict[str, Any]:
@@ -723,4 +744,4 @@ class Core:
             if wanted not in LOG_LEVELS:
                 raise InvalidArgument(f"level must be one of {', '.join(LOG_LEVELS)}", reason="BAD_PARAMETER")
             self._out.append(SetLogLevel(wanted))
-        return {"settings": {"level": wanted or self.config.log.level}}
+        return {"settings": {"level": wanted or self.around.config.log.level}}

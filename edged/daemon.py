@@ -279,7 +279,7 @@ class Daemon:
             # Nothing ever served from there, so no mount is missing: the first start makes the folder.
             with contextlib.suppress(OSError):
                 config.server.models.mkdir(parents=True, exist_ok=True)
-        self._core.lifecycle.restore((_entry_of(good), good.staged) for good in served)
+        self._core.entries.restore((_entry_of(good), good.staged) for good in served)
         for notice in self._store.notices:
             self._journal.emit("store_failed", DETAIL=notice)
         if find_spec("onnxruntime") is not None and "onnxruntime" not in config.runtimes:
@@ -288,7 +288,7 @@ class Daemon:
         for runtime, device in self._spawner.list_probes():
             candidate = Candidate(runtime, device)
             if not any(matches(token, candidate) for token in self._config.devices.exclude):
-                self._core.lifecycle.probe(candidate)
+                self._core.placement.probe(candidate)
         self._step(Tick())
         gc.collect()
         gc.freeze()
@@ -613,7 +613,7 @@ class Daemon:
         self._unasked.add(router)
 
     def _shrink(self) -> None:
-        known = self._core.lifecycle.workers
+        known = self._core.workers.table
         for worker, process in list(self._workers.items()):
             self._tell(worker, ["shrink"])
             if worker in known:
@@ -739,7 +739,7 @@ class Daemon:
             self._config.resources.sample_s, self._notifier.watchdog_interval_s or math.inf
         )
         core.epoch_offset_s = time.time() - now_s
-        pids = [w.pid for w in core.lifecycle.workers.values() if w.pid is not None]
+        pids = [w.pid for w in core.workers.table.values() if w.pid is not None]
         self._step(Sampled(self._sampler.sample(pids)))
         self._spawner.drain()
         templates = self._spawner.templates()

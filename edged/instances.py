@@ -1,25 +1,52 @@
-"""What the lifecycle moves: tracks, instances, workers, and the table of an instance's states.
+"""What the deciding modules share: tracks, instances, workers, the table of an instance's states.
 
-Pure data with its own small questions. The words are the lifecycle's: a *track* is what one entry of the
-folder stands for, an *instance* one content under one set of settings on one device, a *worker* a process.
+Pure data with its own small questions. The words:
+
+- A *track* is what one entry of the folder stands for, for as long as the entry is there. It points to the
+  instance that serves and, beside it, to the one that is on its way in.
+- An *instance* is one content, under one set of settings, on one device. It lives by the table `MOVES`; every
+  state carries a reason.
+- A *worker* is a process. CPU instances have one each; GPU-like devices, and models that ask for it, share.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-from edged.config import ModelSettings
+from edged import resources
+from edged.config import Config, ModelSettings
 from edged.devices import Candidate
+from edged.errors import EdgedError
+from edged.events import Effect, Publish
 from edged.repository import Entry
 from edged.statistics import ModelStatistics
 from edged.tensors import TensorSpec
 
-__all__ = ["MOVES", "SLOTS_PER_WORKER", "Failure", "Instance", "InstanceState", "Machine", "Track", "Worker"]
+__all__ = [
+    "MOVES",
+    "SLOTS_PER_WORKER",
+    "Failure",
+    "Hooks",
+    "Instance",
+    "InstanceState",
+    "Machine",
+    "Surroundings",
+    "Track",
+    "Worker",
+    "state_event",
+]
 
 SLOTS_PER_WORKER = 2
 """Requests that a worker has at once: one that runs, one that waits at the socket so that none idles."""
+
+BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 60.0
+"""The pause before a restart: none after the first crash, then doubling."""
+
+BACKOFF_DOUBLINGS_MAX = 10
+"""More than it takes to the longest pause; a worker that crashes for days must not overflow the figure."""
 
 
 class InstanceState(enum.Enum):
@@ -69,6 +96,30 @@ class Machine:
     memory_limit_bytes: int
 
 
+@dataclass(eq=False)
+class Surroundings:
+    """What each deciding module is given: the settings in force, the machine, and where effects go."""
+
+    config: Config
+    machine: Machine
+    emit: Callable[[Effect], None]
+    guard: resources.Verdict | None = None
+    """The resource guard's last word."""
+
+
+class Hooks(Protocol):
+    """What the core does for those that move instances: it has the requests."""
+
+    def busy(self, instance: Instance) -> bool:
+        """Whether jobs wait or run for it."""
+
+    def flush(self, instance: Instance, error: EdgedError) -> None:
+        """Answers everything that waits for it."""
+
+    def forget(self, instance: Instance) -> None:
+        """It is gone; nothing waits for it any more."""
+
+
 @dataclass(frozen=True)
 class Failure:
     """Why a content does not serve."""
@@ -78,6 +129,10 @@ class Failure:
     digest: str = ""
     version: int | None = None
     settings: ModelSettings | None = None
+
+    def is_of(self, entry: Entry, staged: Any) -> bool:
+        """Whether it was this content, under these settings, that failed."""
+        return bool(self.digest == staged.digest and self.settings == entry.settings)
 
 
 @dataclass(eq=False)
@@ -131,6 +186,8 @@ class Instance:
     ready_s: float = 0.0
     load_started_s: float = 0.0
     measured: dict[Candidate, dict[str, Any]] = field(default_factory=dict)
+    makes_room: bool = False
+    """The version before was ended for its sake: it waits for no more memory."""
 
     @property
     def name(self) -> str:
@@ -152,6 +209,32 @@ class Instance:
         if self.state is InstanceState.READY:
             return True
         return self.track.serving is self and self.crashes <= 1 and self.state in (_S.RESTARTING, _S.LOADING)
+
+    def backoff_s(self) -> float:
+        """The pause before a restart, if there is to be one at all."""
+        doublings = min(max(0, self.crashes - 2), BACKOFF_DOUBLINGS_MAX)
+        return min(BACKOFF_MAX_S, BACKOFF_FIRST_S * 2.0**doublings)
+
+    def is_of(self, entry: Entry, staged: Any) -> bool:
+        """Whether it is this content under these settings."""
+        return bool(self.staged.digest == staged.digest and self.settings == entry.settings)
+
+    def learn(self, info: dict[str, Any]) -> None:
+        """Takes what its worker told about it when it had loaded."""
+        self.info = info
+        self.inputs = {w["name"]: TensorSpec.from_wire(w) for w in info["inputs"]}
+        self.outputs = {w["name"]: TensorSpec.from_wire(w) for w in info["outputs"]}
+        self.required = frozenset(n for n, spec in self.inputs.items() if not spec.optional)
+        if info.get("fallback_reason"):
+            self.fallback_reason = str(info["fallback_reason"])
+
+    def log_fields(self) -> dict[str, str]:
+        """Which model a line of the log is about."""
+        return {"MODEL": self.name, "MODEL_VERSION": str(self.version)}
+
+    def event(self) -> Publish:
+        """Its state, for subscribers."""
+        return state_event(self.name, self.version, self.oip_state(), self.reason, self.staged.digest)
 
     def oip_state(self) -> str:
         """The state's name in the Open Inference Protocol."""
@@ -193,3 +276,10 @@ class Track:
         """Everything that is alive, the serving one first."""
         found = [i for i in (self.serving, self.incoming) if i is not None]
         return found + self.draining
+
+
+def state_event(name: str, version: int | None, state: str, reason: str, digest: str = "") -> Publish:
+    """What subscribers of `model.state` are told."""
+    text = "" if version is None else str(version)
+    payload = {"name": name, "version": text, "state": state, "reason": reason, "sha256": digest}
+    return Publish("model.state", payload)

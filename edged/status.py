@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from edged.errors import NotFound
 from edged.instances import Instance, InstanceState, Track
-from edged.lifecycle import Lifecycle
+from edged.registry import Registry
 from edged.wire import PROTOCOL_VERSIONS, cut
 
 if TYPE_CHECKING:
@@ -42,14 +42,14 @@ def server_metadata(core: Core) -> dict[str, Any]:
 
 
 def _limits(core: Core) -> dict[str, int]:
-    return dataclasses.asdict(core.config.limits)
+    return dataclasses.asdict(core.around.config.limits)
 
 
-def model_metadata(lifecycle: Lifecycle, instance: Instance) -> dict[str, Any]:
+def model_metadata(registry: Registry, instance: Instance) -> dict[str, Any]:
     """OIP's model metadata; what the model says of itself comes in `properties`."""
     versions = sorted(
         t.serving.version
-        for t in lifecycle.tracks.values()
+        for t in registry.tracks.values()
         if t.name == instance.name and t.serving is not None and t.serving.admits
     )
     return {
@@ -66,20 +66,20 @@ def model_metadata(lifecycle: Lifecycle, instance: Instance) -> dict[str, Any]:
 
 def model_statistics(core: Core, name: str, version: str) -> list[dict[str, Any]]:
     """One entry for each version that serves; raises NotFound for a model that is not there."""
-    lifecycle = core.lifecycle
-    if name and name not in lifecycle.names():
+    registry = core.registry
+    if name and name not in registry.names():
         raise NotFound(f"no model '{cut(name)}'", reason="MODEL_NOT_FOUND")
     return [
         t.serving.stats.to_wire(t.name, str(t.serving.version))
-        for t in _ordered(lifecycle.tracks.values())
+        for t in _ordered(registry.tracks.values())
         if t.serving is not None and name in ("", t.name) and version in ("", str(t.serving.version))
     ]
 
 
-def repository_index(lifecycle: Lifecycle) -> list[dict[str, str]]:
+def repository_index(registry: Registry) -> list[dict[str, str]]:
     """Every version that is known, with its state and the reason."""
     rows = []
-    for track in _ordered(lifecycle.tracks.values()):
+    for track in _ordered(registry.tracks.values()):
         rows += [
             _index_row(
                 track.name,
@@ -132,7 +132,7 @@ def _ordered(tracks: Iterable[Track]) -> list[Track]:
 
 def server_status(core: Core, now_s: float) -> dict[str, Any]:
     """Everything that an operator may want to know."""
-    lifecycle, server = core.lifecycle, core.config.server
+    registry, server = core.registry, core.around.config.server
     return {
         "name": "edged",
         "version": core.identity.version,
@@ -142,29 +142,27 @@ def server_status(core: Core, now_s: float) -> dict[str, Any]:
         "state": core.state,
         "endpoint": server.endpoint,
         "models_dir": str(server.models),
-        "models_fault": lifecycle.folder_fault or None,
+        "models_fault": registry.folder.fault or None,
         "state_dir": str(server.state_dir),
         "cache_dir": str(server.cache_dir),
         "devices": [
             {"runtime": c.runtime, "device": c.device, "status": "probing", "hint": "", "detail": ""}
             if v is None
             else v.to_wire()
-            for c, v in lifecycle.verdicts.items()
+            for c, v in core.placement.verdicts.items()
         ],
         "resources": _resources(core),
         "limits": _limits(core),
-        "models": [row for t in _ordered(lifecycle.tracks.values()) for row in _model_rows(core, t)],
+        "models": [row for t in _ordered(registry.tracks.values()) for row in _model_rows(core, t)],
         "workers": [
             {
                 "pid": w.pid or 0,
                 "runtime": w.runtime,
                 "device": w.device,
-                "models": sorted(
-                    lifecycle.instances[i].name for i in w.instances if i in lifecycle.instances
-                ),
+                "models": sorted(registry.instances[i].name for i in w.instances if i in registry.instances),
                 "rss_bytes": w.rss_bytes,
             }
-            for w in lifecycle.workers.values()
+            for w in core.workers.table.values()
         ],
         "measuring": core.chooser.running,
         "clients": {
@@ -177,12 +175,12 @@ def server_status(core: Core, now_s: float) -> dict[str, Any]:
 
 
 def _resources(core: Core) -> dict[str, Any]:
-    guard, sample = core.guard, core.sample
+    guard, sample = core.around.guard, core.sample
     return {
         "level": "OK" if guard is None else guard.level.name,
         "reasons": [] if guard is None else list(guard.reasons),
         "free_for_models_bytes": None if guard is None else guard.free_for_models_bytes,
-        "memory_limit_bytes": core.lifecycle.machine.memory_limit_bytes,
+        "memory_limit_bytes": core.around.machine.memory_limit_bytes,
         "sample": None
         if sample is None
         else {k: v for k, v in dataclasses.asdict(sample).items() if k != "workers"},
@@ -207,8 +205,7 @@ def _model_rows(core: Core, track: Track) -> list[dict[str, Any]]:
 
 
 def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any]:
-    lifecycle = core.lifecycle
-    worker = lifecycle.worker_of(instance)
+    worker = core.workers.of(instance)
     candidate, info, stats = instance.candidate, instance.info, instance.stats
     return {
         "name": instance.name,
@@ -253,7 +250,7 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
 
 def status_text(core: Core) -> str:
     """One line for `systemctl status`."""
-    tracks = core.lifecycle.tracks.values()
+    tracks = core.registry.tracks.values()
     ready = [t.serving for t in tracks if t.serving is not None and t.serving.state is InstanceState.READY]
     failed = sum(1 for t in tracks if t.failure is not None)
     loading = sum(1 for t in tracks if t.incoming is not None)
@@ -265,8 +262,9 @@ def status_text(core: Core) -> str:
         parts.append(f"{loading} loading")
     if failed:
         parts.append(f"{failed} refused (`edgectl models` says why)")
-    if core.guard is not None and core.guard.level:
-        parts.append(f"pressure {core.guard.level.name}: {'; '.join(core.guard.reasons)}")
-    if core.lifecycle.folder_fault:
-        parts.append(core.lifecycle.folder_fault)
+    guard = core.around.guard
+    if guard is not None and guard.level:
+        parts.append(f"pressure {guard.level.name}: {'; '.join(guard.reasons)}")
+    if core.registry.folder.fault:
+        parts.append(core.registry.folder.fault)
     return f"{core.state}: {'; '.join(parts)}"

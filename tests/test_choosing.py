@@ -43,7 +43,7 @@ def test_an_idle_daemon_measures_the_other_device_and_switches() -> None:
     assert world.logs("choice_switched")
     world.pass_time(100.0)
     assert not world.measures
-    assert len(world.life.workers) == 1
+    assert len(world.core.workers.table) == 1
 
 
 @pytest.mark.parametrize(
@@ -127,7 +127,7 @@ def test_a_switch_that_fails_changes_nothing() -> None:
     world.load_faults["m-1", OV_CPU] = "MODEL_LOAD_FAILED"
     world.measured(**FASTER)
     assert world.serving() is before
-    assert world.life.tracks["m", None].failure is None
+    assert world.registry.tracks["m", None].failure is None
     assert world.reasons() == {("m", "1"): "READY"}
     assert before.fallback_reason == ""
     assert remembered(world)[-1] == "onnxruntime"
@@ -142,4 +142,4 @@ def test_a_result_for_a_model_that_is_gone_is_dropped() -> None:
     world.pass_time(3.0)
     if world.measures:
         world.measured(**FASTER)
-    assert not world.life.instances
+    assert not world.registry.instances

@@ -15,7 +15,8 @@ FILES = {
     for path in PACKAGE.rglob("*.py")
 }
 PURE = ("messages", "wire", "tensors", "errors", "scheduler", "statistics", "devices", "events", "instances")
-PURE += ("lifecycle", "choosing", "core", "status", "resources")
+PURE += ("registry", "workers", "placement", "turns", "retirement", "lifecycle", "entries")
+PURE += ("choosing", "core", "status", "resources")
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
 
@@ -28,8 +29,11 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "repository devices",
         "events",
         "instances",
+        "registry workers placement",
+        "turns",
+        "retirement",
         "lifecycle",
-        "choosing status",
+        "entries choosing status",
         "core",
         "helper transport store watcher system journal process",
         "daemon",

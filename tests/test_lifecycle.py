@@ -26,8 +26,9 @@ from edged.events import (
     UnloadInstance,
     WorkerGone,
 )
-from edged.instances import MOVES, InstanceState
-from edged.lifecycle import BACKOFF_MAX_S, DRAIN_S, STABLE_S
+from edged.instances import BACKOFF_MAX_S, MOVES, InstanceState
+from edged.lifecycle import STABLE_S
+from edged.retirement import DRAIN_S
 from tests.test_core import ready_world
 from tests.world import CPU, CUDA, GPU, MIB, OV_CPU, World, config, sample
 
@@ -37,7 +38,7 @@ S = InstanceState
 def reason_of(world: World, name: str = "m", version: str = "") -> str | None:
     """Why a model cannot be asked."""
     with pytest.raises((Unavailable, NotFound)) as caught:
-        world.life.lookup(name, version)
+        world.registry.lookup(name, version)
     assert caught.value.message.strip().rstrip(":") != f"model '{name}'"
     return caught.value.reason
 
@@ -106,8 +107,8 @@ def test_the_old_version_serves_until_the_new_one_has_loaded() -> None:
     world.finish_runs()
     assert world.answer(running).version == "1"
     assert old.state is S.GONE
-    assert set(world.life.instances) == {new.id}
-    assert set(world.life.workers) == {new.worker}
+    assert set(world.registry.instances) == {new.id}
+    assert set(world.core.workers.table) == {new.worker}
 
 
 def test_content_that_fails_leaves_the_old_version_serving() -> None:
@@ -143,7 +144,7 @@ def test_content_on_its_way_is_given_up_for_newer_content() -> None:
     world.finish_loads()
     world.settle()
     assert world.serving().staged.digest == "m-2"
-    assert len(world.life.workers) == 1
+    assert len(world.core.workers.table) == 1
     assert len([e for e in world.effects if isinstance(e, KillWorker)]) == 1
 
 
@@ -193,8 +194,8 @@ def test_replace_needs_no_memory_for_two() -> None:
     world.put("m", "1", swap="replace")
     world.settle()
     world.send(Sampled(sample(supervisor_rss_bytes=(4 << 30) * 95 // 100)))
-    assert world.core.guard is not None
-    world.life.workers[world.serving().worker].rss_bytes = 1 << 30
+    assert world.core.around.guard is not None
+    world.core.workers.table[world.serving().worker].rss_bytes = 1 << 30
     world.put("m", "2", swap="replace")
     world.settle()
     assert world.serving().version == 2
@@ -209,7 +210,7 @@ def test_a_folder_of_models_that_no_device_runs_is_refused_one_by_one() -> None:
     for i in range(300):
         world.put(f"m{i}")
     world.settle()
-    assert {t.failure.reason for t in world.life.tracks.values() if t.failure} == {"DEVICE_UNAVAILABLE"}
+    assert {t.failure.reason for t in world.registry.tracks.values() if t.failure} == {"DEVICE_UNAVAILABLE"}
     assert reason_of(world, "m7") == "DEVICE_UNAVAILABLE"
     assert world.core.state == "ready"
 
@@ -249,7 +250,7 @@ def test_a_copy_that_was_disturbed_is_tried_again_without_a_word() -> None:
     del world.stage_faults["m-1"]
     world.pass_time(10.0)
     assert world.serving().state is S.READY
-    assert world.life.tracks["m", None].failure is None
+    assert world.registry.tracks["m", None].failure is None
 
 
 def test_memory_pressure_holds_a_load_back_until_it_eases() -> None:
@@ -293,7 +294,7 @@ def test_a_missing_device_is_a_fallback_with_its_hint() -> None:
     assert world.serving().fallback_reason == "onnxruntime:CUDA:0 is no_permission: a hint about CUDA:0"
     assert reason_of(world, "r") == "DEVICE_UNAVAILABLE"
     verdicts[CUDA] = "ok"
-    world.life.probe(CUDA)
+    world.core.placement.probe(CUDA)
     for effect in world.core._out:
         world.carry(effect)
     world.settle()
@@ -311,7 +312,7 @@ def test_content_that_one_runtime_refuses_is_offered_to_another() -> None:
     world.put("n")
     world.settle()
     assert world.loads()[2:] == [CUDA, OV_CPU]
-    assert world.life.tracks["n", None].failure.message.startswith("n-1 on onnxruntime:CUDA:0")
+    assert world.registry.tracks["n", None].failure.message.startswith("n-1 on onnxruntime:CUDA:0")
 
 
 def test_a_remembered_choice_goes_first() -> None:
@@ -384,6 +385,16 @@ def test_a_worker_that_dies_is_started_again_at_once_then_with_growing_pauses() 
     assert world.serving().state is S.READY
 
 
+def test_a_worker_may_crash_for_days() -> None:
+    """The pause stays the longest one: no figure overflows, however often it was doubled."""
+    world = ready_world()
+    world.serving().crashes = 5000
+    world.crash(world.process())
+    world.settle()
+    assert world.serving().due_s == world.now_s + BACKOFF_MAX_S
+    assert reason_of(world) == "WORKER_CRASHED"
+
+
 def test_a_load_that_takes_too_long_is_ended() -> None:
     """The worker is killed, the reason says it, and the next model has its turn."""
     world = World()
@@ -442,7 +453,7 @@ def test_a_load_given_up_in_a_shared_worker_leaves_nothing_there() -> None:
     world.request("repository_model_unload", model_name="o")
     world.infer("m")
     world.settle()
-    (worker,) = world.life.workers.values()
+    (worker,) = world.core.workers.table.values()
     assert worker.instances == world.workers[worker.id].loaded == {world.serving("m").id}
 
 
@@ -456,7 +467,7 @@ def test_what_drains_on_a_dead_worker_is_answered_at_once() -> None:
     world.crash(dying)
     world.settle()
     assert [world.answer(k) for k in keys] == ["WORKER_CRASHED"] * 5
-    assert len(world.life.instances) == 1
+    assert len(world.registry.instances) == 1
 
 
 def test_draining_has_a_limit() -> None:
@@ -467,7 +478,7 @@ def test_draining_has_a_limit() -> None:
     world.settle()
     world.pass_time(DRAIN_S + 1.0)
     assert world.answer(key) == "MODEL_RETIRED"
-    assert len(world.life.workers) == 1
+    assert len(world.core.workers.table) == 1
 
 
 # ---- the folder -----------------------------------------------------------------------------------------
@@ -482,9 +493,9 @@ def test_a_removed_model_ends_after_its_last_request() -> None:
     assert reason_of(world) == "MODEL_NOT_FOUND"
     world.finish_runs()
     assert world.answer(key).version == "1"
-    assert (world.life.instances, world.life.tracks) == ({}, {})
+    assert (world.registry.instances, world.registry.tracks) == ({}, {})
     world.settle()
-    assert world.life.workers == {}
+    assert world.core.workers.table == {}
     assert [e.name for e in world.effects if isinstance(e, ForgetModel)] == ["m"]
 
 
@@ -507,11 +518,11 @@ def test_a_version_that_went_serves_until_its_successor_does() -> None:
     world.remove("v", 1)
     world.put("v", "2", 2)
     world.pass_time(3.0)
-    assert world.life.lookup("v", "").version == 1
+    assert world.registry.lookup("v", "").version == 1
     world.finish_loads()
     world.pass_time(1.0)
-    assert world.life.lookup("v", "").version == 2
-    assert list(world.life.tracks) == [("v", 2)]
+    assert world.registry.lookup("v", "").version == 2
+    assert list(world.registry.tracks) == [("v", 2)]
     assert reason_of(world, "v", "1") == "VERSION_NOT_FOUND"
 
 
@@ -524,10 +535,10 @@ def test_a_superseded_version_goes_with_the_successor_that_never_served() -> Non
     world.remove("v", 1)
     world.put("v", "2", 2)
     world.pass_time(3.0)
-    assert world.life.lookup("v", "").version == 1
+    assert world.registry.lookup("v", "").version == 1
     world.remove("v", 2)
     world.pass_time(3.0)
-    assert world.life.tracks == {}
+    assert world.registry.tracks == {}
     assert reason_of(world, "v") == "MODEL_NOT_FOUND"
 
 
@@ -537,12 +548,12 @@ def test_versions_side_by_side_serve_side_by_side() -> None:
     world.put("v", "1", 1)
     world.put("v", "2", 2)
     world.pass_time(3.0)
-    assert world.life.lookup("v", "").version == 2
-    assert world.life.lookup("v", "1").version == 1
+    assert world.registry.lookup("v", "").version == 2
+    assert world.registry.lookup("v", "1").version == 1
     world.hold_loads = True
     world.put("v", "3", 3)
     world.pass_time(2.0)
-    assert world.life.lookup("v", "").version == 2
+    assert world.registry.lookup("v", "").version == 2
     assert reason_of(world, "v", "3") == "MODEL_LOADING"
     assert reason_of(world, "v", "9") == "VERSION_NOT_FOUND"
 
@@ -569,11 +580,11 @@ def test_a_folder_that_is_gone_takes_nothing_with_it() -> None:
     world.scans.append(world.now_s)
     world.pass_time(60.0)
     assert world.serving().state is S.READY
-    assert world.life.folder_fault == world.fault
+    assert world.registry.folder.fault == world.fault
     world.fault = None
     world.scans.append(world.now_s)
     world.settle()
-    assert world.life.folder_fault == ""
+    assert world.registry.folder.fault == ""
     assert len(world.logs("folder_fault")) == len(world.logs("folder_healed")) == 1
 
 
@@ -599,14 +610,14 @@ def test_the_last_good_content_serves_when_the_folder_is_gone_or_bad() -> None:
     world.settle()
     world.finish_loads()
     world.settle()
-    assert world.life.tracks["m", None].incoming.staged.digest == "m-good"
+    assert world.registry.tracks["m", None].incoming.staged.digest == "m-good"
     world.put("m", "worse")
     world.settle()
     world.hold_loads = False
     world.finish_loads()
     world.settle()
     assert world.serving().staged.digest == "m-good"
-    assert world.life.tracks["m", None].failure.digest == "m-worse"
+    assert world.registry.tracks["m", None].failure.digest == "m-worse"
 
 
 def test_the_last_good_content_that_fails_too_is_not_tried_for_ever() -> None:
@@ -630,7 +641,7 @@ def test_unload_ends_a_model_until_it_is_asked_for_or_changes() -> None:
     world.scans.append(world.now_s)
     world.pass_time(5.0)
     assert reason_of(world) == "MODEL_UNLOADED"
-    assert world.life.workers == {}
+    assert world.core.workers.table == {}
     assert world.reasons() == {("m", ""): "UNAVAILABLE"}
     world.request("repository_model_load", model_name="m")
     world.settle()
@@ -696,7 +707,7 @@ def test_a_worker_that_does_not_exit_when_asked_is_killed() -> None:
     assert worker.alive
     world.pass_time(3.5)
     assert not worker.alive
-    assert world.life.workers == {}
+    assert world.core.workers.table == {}
     assert [e for e in world.effects if isinstance(e, (EndWorker, KillWorker))]
 
 

@@ -137,7 +137,7 @@ class World:
             identity=Identity("0", "i-1", 1),
             now_s=self.now_s,
         )
-        self.life = self.core.lifecycle
+        self.registry = self.core.registry
         self.statuses = {CPU: "ok"} if verdicts is None else verdicts
         self.effects: list[Effect] = []
         self.workers: dict[int, SimWorker] = {}
@@ -167,9 +167,9 @@ class World:
 
     def boot(self, last_good: Iterable[tuple[Entry, Any]] = ()) -> None:
         """What the daemon does when it starts, up to the first scan."""
-        self.life.restore(last_good)
+        self.core.entries.restore(last_good)
         for candidate in self.statuses:
-            self.life.probe(candidate)
+            self.core.placement.probe(candidate)
         self.scans.append(self.now_s)
         self.send(Tick())
 
@@ -473,29 +473,29 @@ class World:
 
     def check(self) -> None:
         """The invariants of the core's tables."""
-        life, core = self.life, self.core
-        for worker in life.workers.values():
-            assert worker.instances <= set(life.instances), "a worker has an instance that is gone"
+        core, registry = self.core, self.registry
+        for worker in core.workers.table.values():
+            assert worker.instances <= set(registry.instances), "a worker has an instance that is gone"
             out = [run for run in core._runs.values() if run.worker is worker]
             slots = sorted([*worker.free_slots, *[run.slot for run in out]])
             assert slots == list(range(SLOTS_PER_WORKER)), "a slot leaked"
-        for instance in life.instances.values():
-            worker_of = life.worker_of(instance)
+        for instance in registry.instances.values():
+            worker_of = core.workers.of(instance)
             assert instance.worker is None or worker_of is None or instance.id in worker_of.instances
-            holders = [t for t in life.tracks.values() if instance in t.instances()]
+            holders = [t for t in registry.tracks.values() if instance in t.instances()]
             assert len(holders) <= 1
             assert holders or instance.state is InstanceState.DRAINING, f"{instance} belongs to nobody"
             assert instance.state is not InstanceState.GONE
-        for track in life.tracks.values():
+        for track in registry.tracks.values():
             if track.incoming is not None:
-                waiting = track.incoming in life._load_queue
+                waiting = track.incoming in core.lifecycle.turns.queue
                 assert waiting == (track.incoming.state is InstanceState.WAITING)
         in_flight = sum(1 for key, n in self.asked.items() if n > len(self.answers.get(key, ())))
         assert core.scheduler.in_flight == in_flight
 
     def serving(self, name: str = "m", version: int | None = None) -> Instance:
         """The instance that serves an entry."""
-        instance = self.life.tracks[name, version].serving
+        instance = self.registry.tracks[name, version].serving
         assert instance is not None
         return instance
 

@@ -1,0 +1,162 @@
+"""Where each instance may run: the devices' verdicts, what they mean for a model, and remembered choices.
+
+Pure. `devices.plan` knows how a selector meets a set of verdicts; this holds the verdicts, asks for new ones,
+and keeps what was once found out about a content on this machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from edged.devices import Candidate, Plan, Verdict, plan
+from edged.events import Log, Probe, Publish, RememberChoice
+from edged.instances import Instance, Surroundings
+
+__all__ = ["Placement", "after_failure"]
+
+PROBE_WAIT_S = 2.0
+"""How long the first loads wait for a better device's verdict before they start on one that works."""
+
+_MAY_BE_THE_DEVICE = ("DEVICE_FAILED", "WORKER_CRASHED", "MODEL_LOAD_TIMEOUT")
+
+
+class Placement:
+    """The verdicts, and what follows from them for an instance."""
+
+    def __init__(self, around: Surroundings, *, now_s: float) -> None:
+        self.verdicts: dict[Candidate, Verdict | None] = {}
+        """None while a probe is out."""
+        self._around = around
+        self._worked: set[Candidate] = set()
+        self._wait_until_s: float | None = now_s + PROBE_WAIT_S
+
+    # ------------------------------------------------------------------ verdicts
+
+    def probe(self, candidate: Candidate) -> None:
+        """Asks for a verdict, unless one is on its way."""
+        if candidate not in self.verdicts or self.verdicts[candidate] is not None:
+            self.verdicts[candidate] = None
+            self._around.emit(Probe(candidate.runtime, candidate.device))
+
+    def reprobe(self) -> None:
+        """Asks anew for the devices that can come and go."""
+        for candidate, verdict in list(self.verdicts.items()):
+            if verdict is not None and candidate.gpu_like:
+                self.probe(candidate)
+
+    def on_probed(self, verdict: Verdict) -> bool:
+        """Takes a verdict; whether a device works that did not, or was not known to."""
+        candidate, works = verdict.candidate, verdict.status == "ok"
+        worked = candidate in self._worked
+        self.verdicts[candidate] = verdict
+        fields = {"RUNTIME": verdict.runtime, "DEVICE": verdict.device, "REASON": verdict.status}
+        if works:
+            self._worked.add(candidate)
+        elif worked:
+            self._worked.discard(candidate)
+            lost = {**fields, "HINT": verdict.hint, "DETAIL": verdict.detail}
+            self._around.emit(Log("device_lost", lost))
+        detail = verdict.hint or verdict.detail or verdict.full_name
+        self._around.emit(Log("device_verdict", {**fields, "DETAIL": detail}))
+        payload = {
+            "runtime": verdict.runtime,
+            "device": verdict.device,
+            "status": verdict.status,
+            "hint": verdict.hint,
+        }
+        self._around.emit(Publish("device.state", payload))
+        return works and not worked
+
+    # ------------------------------------------------------------------ plans
+
+    def plan_for(self, instance: Instance) -> Plan:
+        """The candidates for an instance under its settings; one that waits while they may become more."""
+        settings, devices = instance.settings, self._around.config.devices
+        found = plan(
+            selector=settings.device,
+            runtime=settings.runtime,
+            policy=settings.policy,
+            model_format=instance.entry.format,
+            verdicts=self.verdicts,
+            order=devices.order,
+            exclude=devices.exclude,
+            preferred=instance.preferred,
+            may_wait=settings.device != "auto" or self._wait_until_s is not None,
+        )
+        if not found.candidates and None in self.verdicts.values():
+            return Plan(waiting=True)
+        return found
+
+    def comparable(self, instance: Instance) -> tuple[Candidate, ...]:
+        """Where an instance that may choose could run, as far as is known now."""
+        devices = self._around.config.devices
+        return plan(
+            selector="auto",
+            runtime=None,
+            policy="prefer",
+            model_format=instance.entry.format,
+            verdicts=self.verdicts,
+            order=devices.order,
+            exclude=devices.exclude,
+            may_wait=False,
+        ).candidates
+
+    def tick(self, now_s: float) -> None:
+        """The first loads have waited long enough for verdicts."""
+        if self._wait_until_s is not None and self._wait_until_s <= now_s:
+            self._wait_until_s = None
+
+    def next_due_s(self) -> float | None:
+        """When `tick` has something to do."""
+        return self._wait_until_s
+
+    # ------------------------------------------------------------------ remembered choices
+
+    def choice_key(self, instance: Instance) -> str:
+        """What a measured choice is remembered under."""
+        machine = self._around.machine
+        parts = (instance.staged.digest, instance.settings.precision, machine.name, str(machine.cpus))
+        return "|".join(parts)
+
+    def remember(self, instance: Instance, candidate: Candidate) -> None:
+        """Keeps a choice, and among what it was made."""
+        compared = {str(c): version for c, version in self._working()}
+        choice = {"runtime": candidate.runtime, "device": candidate.device, "compared": compared}
+        self._around.emit(RememberChoice(self.choice_key(instance), choice))
+
+    def recall(self, instance: Instance, choice: Mapping[str, Any]) -> None:
+        """Puts a remembered choice first in an instance's plan, where it may choose and the choice holds."""
+        if instance.choice not in ("default", "inherited"):
+            return
+        remembered = self._still_valid(choice)
+        if remembered is not None and remembered in instance.plan:
+            rest = tuple(c for c in instance.plan if c != remembered)
+            instance.plan = (remembered, *rest)
+            instance.choice = "remembered"
+
+    def _still_valid(self, choice: Mapping[str, Any]) -> Candidate | None:
+        """A remembered choice, unless a device or another version has come that it was not compared with."""
+        compared = choice.get("compared")
+        if not isinstance(compared, Mapping):
+            return None
+        if any(compared.get(str(candidate)) != version for candidate, version in self._working()):
+            return None
+        return Candidate(str(choice.get("runtime")), str(choice.get("device")))
+
+    def _working(self) -> list[tuple[Candidate, str]]:
+        """What is known to work, with its runtime's version."""
+        return [
+            (c, v.runtime_version) for c, v in self.verdicts.items() if v is not None and v.status == "ok"
+        ]
+
+
+def after_failure(plan: tuple[Candidate, ...], reason: str) -> tuple[Candidate, ...]:
+    """The candidates that are left when the first of a plan failed for `reason`.
+
+    Another runtime may read what this one cannot; the same one elsewhere only mends a failed device.
+    """
+    if reason == "MEMORY_LIMIT":
+        return ()
+    failed, *rest = plan
+    return tuple(c for c in rest if reason in _MAY_BE_THE_DEVICE or c.runtime != failed.runtime)

@@ -1,0 +1,101 @@
+"""Whose turn it is to load: a few at a time on each device, and none that memory has no room for.
+
+Pure. Loads take turns so that a folder of twenty does not storm a small board. This holds the queue and
+answers whether an instance may begin; beginning is the lifecycle's.
+"""
+
+from __future__ import annotations
+
+import math
+
+from edged import resources
+from edged.events import Log
+from edged.instances import Instance, InstanceState, Surroundings
+from edged.registry import Registry
+from edged.workers import Workers
+
+__all__ = ["Turns"]
+
+LOAD_PATIENCE_S = 10.0
+"""A load that takes longer than this no longer holds up the others of its device: it may be hanging."""
+
+MEMORY_RETRY_S = 5.0
+"""How often a load that was refused for memory is considered again."""
+
+RUNTIME_BYTES = 64 * 1024 * 1024
+"""What a runtime takes beside the model, at the least."""
+
+
+class Turns:
+    """The queue of instances that wait to load."""
+
+    def __init__(self, around: Surroundings, *, registry: Registry, workers: Workers) -> None:
+        self.queue: list[Instance] = []
+        self._around = around
+        self._registry = registry
+        self._workers = workers
+        self._memory_retry_s = math.inf
+        self._patience_ends_s = math.inf
+        """When a load that takes long lets the next one begin."""
+
+    def drop(self, instance: Instance) -> None:
+        """An instance waits no longer."""
+        if instance in self.queue:
+            self.queue.remove(instance)
+
+    def waiting(self) -> list[Instance]:
+        """Those to ask about now, the oldest first."""
+        self._patience_ends_s = math.inf
+        return list(self.queue)
+
+    def device_free(self, instance: Instance, now_s: float) -> bool:
+        """Whether its device has room for one more load; one that takes long no longer counts."""
+        device = instance.plan[0].device
+        loading = 0
+        for other in self._registry.instances.values():
+            if other.candidate is None or other.candidate.device != device:
+                continue
+            if other.state is InstanceState.PREPARING:
+                loading += 1
+            elif other.state is InstanceState.LOADING and now_s < other.load_started_s + LOAD_PATIENCE_S:
+                loading += 1
+                self._patience_ends_s = min(self._patience_ends_s, other.load_started_s + LOAD_PATIENCE_S)
+        return loading < self._around.config.loading.concurrency
+
+    def memory_allows(self, instance: Instance, now_s: float) -> bool:
+        """Whether there is memory for it; if not, its reason says how much is missing."""
+        guard = self._around.guard
+        if guard is None:
+            return True
+        allowed, sentence = resources.may_load(guard, self._needed_bytes(instance))
+        refused_before = instance.reason == "MEMORY_PRESSURE"
+        if allowed:
+            if refused_before:
+                instance.reason, instance.message = "", ""
+            return True
+        if not refused_before:
+            fields = {"MODEL": instance.name, "REASON": "MEMORY_PRESSURE", "DETAIL": sentence}
+            self._around.emit(Log("load_refused", fields))
+        instance.reason, instance.message = "MEMORY_PRESSURE", sentence
+        self._memory_retry_s = now_s + MEMORY_RETRY_S
+        return False
+
+    def _needed_bytes(self, instance: Instance) -> int:
+        """What a load will take: as much as the version before, else its size twice and the runtime's own."""
+        serving = instance.track.serving
+        worker = None if serving is None else self._workers.of(serving)
+        if worker is not None and worker.rss_bytes and not worker.shared:
+            # One that takes the place of the version before needs only what that one did not.
+            return 0 if instance.settings.swap == "replace" else worker.rss_bytes
+        size: int = instance.staged.size_bytes
+        return 2 * size + RUNTIME_BYTES
+
+    def tick(self, now_s: float) -> None:
+        """Loads that were refused for memory are to be considered again."""
+        if self._memory_retry_s <= now_s:
+            self._memory_retry_s = math.inf
+
+    def next_due_s(self) -> float | None:
+        """When the queue should be looked at again, without anything else having happened."""
+        due = min(self._memory_retry_s, self._patience_ends_s)
+        return None if due == math.inf else due
