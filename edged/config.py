@@ -252,6 +252,10 @@ def _parse_endpoint(value: object) -> object:
             f"is too long: a socket's path has at most {_SOCKET_PATH_BYTES_MAX} bytes, "
             f"{quoted(value)} (with {_SOCKET_NAME_LONGEST} beside it) needs {max(len(longest), len(own))}"
         )
+    if os.path.basename(value) != "edged.sock":
+        raise ValueProblem(
+            f"must end in /edged.sock, not be {quoted(value)}: only the directory can be chosen"
+        )
     return value
 
 
@@ -565,7 +569,11 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         "what `[resources]` leaves",
     ),
     _Key(
-        "timeout", "timeout_s", units.duration(1, 3600), "How long its load may take.", "`[loading] timeout`"
+        "timeout",
+        "timeout_s",
+        units.duration(1, 3600),
+        "How long one run may take; a worker that does not stop then is ended.",
+        "2 minutes",
     ),
     _Key(
         "queue_length",

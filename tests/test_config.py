@@ -116,7 +116,7 @@ def test_short_variables_and_lists_from_the_environment(tmp_path: Path) -> None:
     """EDGED_MODELS and EDGED_ENDPOINT are the short names; lists are comma-separated, sizes have units."""
     environ = {
         "EDGED_MODELS": "/m",
-        "EDGED_ENDPOINT": "ipc:///e.sock",
+        "EDGED_ENDPOINT": "ipc:///e/edged.sock",
         "EDGED_DEVICES_ORDER": "cpu, openvino:GPU.1",
         "EDGED_LIMITS_QUEUE_BYTES": "1GB",
         "EDGED_RESOURCES_MEMORY": "1073741824",
@@ -124,7 +124,7 @@ def test_short_variables_and_lists_from_the_environment(tmp_path: Path) -> None:
     }
     config = load(tmp_path, environ=environ)
     assert config.server.models == Path("/m")
-    assert config.server.endpoint == "ipc:///e.sock"
+    assert config.server.endpoint == "ipc:///e/edged.sock"
     assert config.devices.order == ("cpu", "openvino:GPU.1")
     assert config.limits.queue_bytes == 10**9
     assert config.resources.memory == 1 << 30
@@ -157,6 +157,7 @@ def test_runtimes_python_from_the_file(tmp_path: Path) -> None:
         ("[limits]\nqueue_bytes = '5 parsecs'\n", 2, "must be a size"),
         ('[server]\nendpoint = "tcp://*:5555"\n', 2, "must be ipc:// and an absolute path"),
         (f'[server]\nendpoint = "ipc:///{"x" * 120}"\n', 2, "at most 107 bytes"),
+        ('[server]\nendpoint = "ipc:///run/e/my.sock"\n', 2, "must end in /edged.sock"),
         ('[devices]\norder = [\n  "cpu",\n  "cudda",\n]\n', 2, "must be a device such as"),
         ("[runtimes.onxruntime]\npython = '/p'\n", 1, "Did you mean `onnxruntime`?"),
         ("[runtimes.openvino]\npyhton = '/p'\n", 2, "Did you mean `python`?"),

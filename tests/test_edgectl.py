@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pathlib
+import resource
 import shutil
 import signal
 import subprocess
@@ -955,3 +956,14 @@ def test_edged_without_its_libraries_names_the_extra(
     monkeypatch.setattr(edged_cli, "_LIBRARIES", ("zmq", "no_such_library"))
     assert edged_cli.main(["--models", str(nobody)]) == 69
     assert "no_such_library; install `edged[cpu]`" in capsys.readouterr().err
+
+
+def test_edged_takes_the_descriptors_that_it_may_have() -> None:
+    """libzmq ends the process at the first connection without one, and a shell's 1024 are soon used."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (min(1024, before[1]), before[1]))
+        edged_cli._raise_descriptor_limit()
+        assert resource.getrlimit(resource.RLIMIT_NOFILE) == (min(65536, before[1]), before[1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import os
+import resource
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,6 +27,9 @@ EXIT_USAGE = 64
 EXIT_UNAVAILABLE = 69
 EXIT_CONFIG = 78
 """sysexits.h's; systemd shows them by name, and edged.service does not restart on 78."""
+
+DESCRIPTORS = 65536
+"""As edged.service's LimitNOFILE; a shell gives 1024, which is less than one leaking app can open."""
 
 _LIBRARIES = ("zmq", "msgpack", "msgspec", "psutil", "watchdog")
 """What the daemon can not do without; the client has the first two."""
@@ -92,6 +96,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             "`edged[cpu]`, `edged[openvino]` or `edged[cuda]`",
             EXIT_UNAVAILABLE,
         )
+    _raise_descriptor_limit()
     from edged import daemon
 
     code: int = daemon.main(config, reload=lambda: _load(args))
@@ -110,6 +115,14 @@ def _load(args: argparse.Namespace) -> Config:
     }
     given = {name: value for name, value in flags.items() if value is not None}
     return load_config(flags=given, environ=os.environ, file=args.config)
+
+
+def _raise_descriptor_limit() -> None:
+    """As many descriptors as the system allows: libzmq aborts the process when a connection finds none."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = DESCRIPTORS if hard == resource.RLIM_INFINITY else min(DESCRIPTORS, hard)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _missing() -> list[str]:
