@@ -132,7 +132,7 @@ def _read_npz(path: Path, specs_in: Mapping[str, TensorSpec], specs_out: Mapping
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             for key in file.files:
                 kind, _, tensor = key.partition("/")
                 if kind == "inputs" and tensor in specs_in:
@@ -143,7 +143,9 @@ def _read_npz(path: Path, specs_in: Mapping[str, TensorSpec], specs_out: Mapping
                     raise GoldenMismatch(
                         f"{name}: {key!r} is neither inputs/NAME nor outputs/NAME with a name of the model"
                     )
-    except (OSError, ValueError, EOFError, KeyError) as e:
+    except (GoldenMismatch, MemoryError):
+        raise
+    except Exception as e:
         raise GoldenMismatch(f"{name} cannot be read: {clean_text(e)}") from e
     return Sample(name, inputs, outputs)
 

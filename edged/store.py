@@ -168,24 +168,28 @@ class _Book:
             data = json.loads(path.read_bytes())
             if not isinstance(data, dict):
                 raise ValueError("not an object")
-            for value in data.values():
-                check(value)
-            self.data = data
         except FileNotFoundError:
             return
-        except (
-            OSError,
-            ValueError,
-            TypeError,
-            KeyError,
-            AttributeError,
-            RecursionError,
-            ConfigError,
-        ) as error:
+        except (OSError, ValueError, RecursionError) as error:
             aside = path.with_suffix(".damaged")
             with contextlib.suppress(OSError):
                 os.replace(path, aside)
             self.notice = f"{path} is damaged ({str(error)[:120]}): set aside as {aside.name}, begun anew"
+            return
+        strange = ""
+        for key, value in data.items():
+            try:
+                check(value)
+                self.data[key] = value
+            except (ValueError, TypeError, KeyError, AttributeError, ConfigError) as error:
+                strange = f"{key}: {error!s:.120}"
+        if strange:
+            # Another version of edged may have written it: the other records are none the worse for it.
+            aside = path.with_suffix(".damaged")
+            with contextlib.suppress(OSError):
+                shutil.copyfile(path, aside)
+            left_out = len(data) - len(self.data)
+            self.notice = f"{path}: {left_out} records cannot be read ({strange}): kept in {aside.name} only"
 
     def save(self) -> None:
         try:
@@ -677,8 +681,8 @@ def _lock_directory(state_dir: Path) -> int:
         os.close(descriptor)
         message = f"the state directory {state_dir} belongs to another edged that runs (process {owner})"
         raise StoreError("STATE_DIR_BUSY", message) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.suppress(OSError):  # A full disk has no room for the pid, which only messages show.
+        os.ftruncate(descriptor, os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0))
     return descriptor
 
 

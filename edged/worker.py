@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import gc
 import json
 import os
@@ -364,7 +365,14 @@ class Worker:
             if timer is not None:
                 timer.cancel()
             self._loads.pop(instance, None)
-        self._say(reply)
+        try:
+            self._say(reply)
+        except OSError as e:
+            if e.errno != errno.EMSGSIZE:
+                raise
+            self._models.pop(instance).model.close()
+            message = "its names, shapes and metadata take more room than a packet has (about 200 KB)"
+            self._say(["load_failed", instance, "UNIMPLEMENTED", "MODEL_UNSUPPORTED", message])
 
     def _load_and_prove(self, instance: int, settings: dict[str, Any], cancel: LoadCancel) -> list[Any]:
         runtime = self._runtime(settings["runtime"])

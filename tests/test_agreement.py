@@ -213,6 +213,19 @@ def test_pickle_in_a_golden_file_is_refused(tmp_path: Path) -> None:
         read_golden(str(tmp_path), [], model.inputs, model.outputs)
 
 
+@pytest.mark.parametrize("content", [b"", b"junk", b"PK\x03\x04junk", b"\x93NUMPY\x01\x00"], ids=repr)
+def test_a_broken_golden_file_is_a_mismatch_that_names_it(tmp_path: Path, content: bytes) -> None:
+    """Whatever zipfile and numpy raise for it; an .npy under that name is none either."""
+    (tmp_path / "a.npz").write_bytes(content)
+    model = Function(lambda x: x)
+    with pytest.raises(GoldenMismatch, match=r"a\.npz cannot be read"):
+        read_golden(str(tmp_path), [], model.inputs, model.outputs)
+    with (tmp_path / "a.npz").open("wb") as stream:
+        np.save(stream, np.ones(3))
+    with pytest.raises(GoldenMismatch, match=r"a\.npz cannot be read"):
+        read_golden(str(tmp_path), [], model.inputs, model.outputs)
+
+
 def test_synthetic_integers_stay_small() -> None:
     """Made-up integers are 0 or 1, since they are often sizes; free dimensions are 1."""
     specs = [

@@ -481,6 +481,37 @@ def test_a_damaged_book_is_set_aside_and_said(tmp_path: Path, root: Path, damage
         assert stage(store, root, b"x").version == 1
 
 
+def test_a_record_of_another_versions_costs_that_record_only(tmp_path: Path, root: Path) -> None:
+    """After a step back to an older edged the models that it understands keep their numbers and copies."""
+    with open_store(tmp_path) as store:
+        mark(store, stage(store, root, b"x"))
+        mark(store, stage(store, root, b"y", "other"), "other")
+    path = tmp_path / "state" / "store" / "models.json"
+    book = json.loads(path.read_bytes())
+    book["net"]["last_good"]["settings"] = {"keep_alive": "5m"}
+    path.write_text(json.dumps(book))
+    with open_store(tmp_path) as store:
+        assert [good.name for good in store.last_good()] == ["other"]
+        assert len(store.notices) == 1
+        assert "keep_alive" in store.notices[0]
+        assert "net" in json.loads(path.with_suffix(".damaged").read_bytes())
+
+
+def test_a_full_disk_does_not_keep_the_store_from_opening(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was last good must serve after a restart, whatever else has filled the disk."""
+    with open_store(tmp_path) as store:
+        mark(store, stage(store, root, b"x"))
+
+    def full(*_: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(module.os, "pwrite", full)
+    with open_store(tmp_path) as store:
+        assert [good.name for good in store.last_good()] == ["net"]
+
+
 def test_a_book_is_replaced_whole(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """When a sync fails the old book stays as it was and the new one is dropped."""
     store.remember_choice("key", {"runtime": "openvino"})

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -196,6 +197,16 @@ def test_load_while_another_model_runs(fake: Handle, tmp_path: Path) -> None:
     np.testing.assert_array_equal(fake.infer({"x": X})["x"], X)
     fake.ask("cancel_load", 2)
     fake.control("load_failed")
+
+
+def test_a_model_that_says_too_much_of_itself_is_refused_at_once(worker: Handle, tmp_path: Path) -> None:
+    """What does not fit into a packet is a refusal in words, not a load that runs out of time."""
+    chatty = onnx.load(identity(tmp_path))
+    helper.set_model_props(chatty, {f"key{n}": "x" * 4096 for n in range(100)})
+    onnx.save(chatty, tmp_path / "chatty.onnx")
+    failed = worker.load(tmp_path / "chatty.onnx")
+    assert (failed[0], failed[3]) == ("load_failed", "MODEL_UNSUPPORTED")
+    assert worker.load(identity(tmp_path), instance=2)[0] == "loaded"
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
