@@ -51,6 +51,8 @@ _SOCKET_PATH_BYTES_MAX = 107
 """sun_path's 108 bytes less the closing NUL (unix(7))."""
 _SOCKET_NAME_LONGEST = "events.sock"
 _GOLDEN_SAMPLES_MAX = 64
+_GOLDEN_BYTES_MAX = 128 * 1024
+"""They go to the worker in one packet, of which the kernel takes about 208 KB."""
 _GOLDEN_DEPTH_MAX = 16  # the rank that the wire allows
 
 _MIB = 1 << 20
@@ -287,6 +289,7 @@ def _parse_golden(value: object) -> object:
     if not isinstance(value, list | tuple) or len(value) > _GOLDEN_SAMPLES_MAX:
         raise ValueProblem(f"must be at most {_GOLDEN_SAMPLES_MAX} {wants}, not {quoted(value)}")
     samples = []
+    packed_bytes = 0
     for number, sample in enumerate(value, 1):
         if not isinstance(sample, Mapping) or set(sample) != {"inputs", "outputs"}:
             raise ValueProblem(f"must be {wants}; number {number} is {quoted(sample)}")
@@ -295,19 +298,26 @@ def _parse_golden(value: object) -> object:
             if not isinstance(tensors, Mapping) or not tensors:
                 raise ValueProblem(f"number {number} must have a table of tensors as `{side}`")
             for name, data in tensors.items():
-                _check_nested(data, f"number {number}, `{side}.{str(name)[:64]}`", 0)
+                packed_bytes += len(str(name).encode())
+                packed_bytes += _check_nested(data, f"number {number}, `{side}.{str(name)[:64]}`", 0)
+                if packed_bytes > _GOLDEN_BYTES_MAX:
+                    raise ValueProblem(
+                        f"number {number} and those before it take more than {_GOLDEN_BYTES_MAX} bytes, 9 "
+                        "for each number: put them into golden/*.npz beside the model"
+                    )
         samples.append(GoldenInline(dict(sample["inputs"]), dict(sample["outputs"])))
     return tuple(samples)
 
 
-def _check_nested(data: object, where: str, depth: int) -> None:
+def _check_nested(data: object, where: str, depth: int) -> int:
+    """About how many bytes it takes in a packet."""
     if depth > _GOLDEN_DEPTH_MAX:
         raise ValueProblem(f"{where} is nested deeper than {_GOLDEN_DEPTH_MAX} lists")
     if isinstance(data, list):
-        for each in data:
-            _check_nested(each, where, depth + 1)
-    elif not isinstance(data, bool | int | float | str):
+        return 5 + sum(_check_nested(each, where, depth + 1) for each in data)
+    if not isinstance(data, bool | int | float | str):
         raise ValueProblem(f"{where} must hold numbers, booleans or strings, not {quoted(data)}")
+    return 9 if not isinstance(data, str) else 5 + len(data.encode())
 
 
 VERSION_MAX = (1 << 31) - 1

@@ -365,3 +365,10 @@ def test_settings_are_known_by_what_they_say() -> None:
     assert sha256("") == sha256('device = "auto"  # the default')
     assert sha256("threads = 2\nwarmup = 3") == sha256("warmup = 3\nthreads = 2")
     assert len({sha256(""), sha256("threads = 2"), sha256("threads = 3"), sha256("versions = [1, 3]")}) == 4
+
+
+def test_inline_golden_samples_fit_into_a_packet() -> None:
+    """What does not is told where to go, instead of failing on its way to the worker."""
+    numbers = ",".join(["1.5"] * 20_000)
+    with pytest.raises(ConfigError, match=r"golden/\*\.npz"):
+        parse_model_settings(f"[[golden]]\ninputs.x = [{numbers}]\noutputs.y = [1.0]\n", source="m.toml")
