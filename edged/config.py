@@ -558,7 +558,7 @@ _MODEL_KEYS: tuple[_Key, ...] = (
     ),
     _Key("runtime", "runtime", units.choice(*RUNTIMES), "Pins the runtime.", "measured"),
     _Key("threads", "threads", units.whole(1, 1024), "Pins the worker's threads.", "measured"),
-    _Key("tolerance", "tolerance", _TOLERANCE, "How far golden samples and runtimes may differ."),
+    _Key("tolerance", "tolerance", _TOLERANCE, "How far answers may be from golden samples."),
     _Key(
         "isolation",
         "isolation",
