@@ -124,6 +124,7 @@ class Core:
         self.epoch_offset_s = epoch_offset_s
         """Wall-clock time minus monotonic time; the daemon keeps it current."""
         self.stopping = False
+        self.log_level = config.log.level
         self.spin_until_s = 0.0
         """Until then the answer of a short run is so near that sleeping for it would take longer."""
         self.sample: resources.Sample | None = None
@@ -743,5 +744,6 @@ class Core:
         if wanted is not None:
             if wanted not in LOG_LEVELS:
                 raise InvalidArgument(f"level must be one of {', '.join(LOG_LEVELS)}", reason="BAD_PARAMETER")
+            self.log_level = wanted
             self._out.append(SetLogLevel(wanted))
-        return {"settings": {"level": wanted or self.around.config.log.level}}
+        return {"settings": {"level": self.log_level}}

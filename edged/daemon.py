@@ -106,8 +106,8 @@ REAP_S = 0.005
 REAP_MAX_S = 2.0
 """After which one that hung up and lives on is killed."""
 
-FLUSH_S = 0.005
-"""How often replies that a slow client had no room for are tried again."""
+FLUSH_S, FLUSH_MAX_S = 0.005, 0.25
+"""How often replies that a slow client had no room for are tried again, at first and when nothing moves."""
 
 SCAN_DEBOUNCE_S = 0.05
 """From a touch of the folder until it is looked at, so that a burst of events is one scan."""
@@ -120,6 +120,18 @@ STATUS_S = 2.0
 
 _EXIT_BUSY = 75
 """EX_TEMPFAIL of sysexits.h: another daemon has the sockets or the state directory."""
+
+
+_FIXED: dict[str, tuple[str, ...] | None] = {
+    "server": None,
+    "store": None,
+    "runtimes": None,
+    "limits": ("frames", "message_bytes"),
+    "resources": ("memory", "disk_free_min_bytes"),
+    "loading": ("settle_s",),
+    "log": ("format",),
+}
+"""Settings that a reload cannot change; None stands for the whole section."""
 
 
 class _Reaping:
@@ -150,6 +162,10 @@ class Daemon:
         self._limiter = RateLimiter()
         self._scan_at_s: float | None = 0.0
         self._scanning = False
+        self._owners: dict[int, WorkerProcess] = {}
+        """Whose a descriptor is, for those that are a worker's."""
+        self._reap_at_s = self._flush_at_s = math.inf
+        self._flush_pause_s = FLUSH_S
         self._unasked: set[Router] = set()
         """ROUTERs that were used since they were last asked whether something waits."""
 
@@ -182,7 +198,11 @@ class Daemon:
             disk_free_min_bytes=config.resources.disk_free_min_bytes,
         )
         stack.callback(self._store.close)
-        config.server.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        try:
+            config.server.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as e:
+            text = f"{config.server.cache_dir} cannot be made: {e.strerror}; name another by cache_dir"
+            raise StoreError("CACHE_DIR_UNUSABLE", text) from None
         self._open_wakeups()
         self._sampler = Sampler(config.server.state_dir)
         stack.callback(self._sampler.close)
@@ -259,6 +279,7 @@ class Daemon:
         self._epoll.register(fd, select.EPOLLIN)
 
     def _unwatch(self, fd: int) -> None:
+        self._owners.pop(fd, None)
         if self._fds.pop(fd, None) is not None:
             self._epoll.unregister(fd)
 
@@ -305,14 +326,26 @@ class Daemon:
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._timers(now_s)
-        timeout_s = 0.0 if self._unasked else max(0.0, self._due_s() - now_s)
-        if timeout_s and self._spin(now_s):
+        timeout_s = max(0.0, self._due_s() - now_s)
+        if self._unasked:
+            timeout_s = 0.0
+        elif timeout_s and self._spin(now_s):
             return
+        self._serve(self._epoll.poll(timeout_s))
+
+    def _serve(self, found: Sequence[tuple[int, int]]) -> None:
         fds = self._fds
-        for fd, _ in self._epoll.poll(timeout_s):
+        for fd, _ in found:
             ready = fds.get(fd)
-            if ready is not None:
+            if ready is None:
+                continue
+            try:
                 ready()
+            except Exception:  # noqa: BLE001 - the loop's edge: what one descriptor brings ends no other
+                self._note_bug(traceback.format_exc())
+                process = self._owners.get(fd)
+                if process is not None:
+                    process.kill()  # a descriptor that stays readable would bring the same again
 
     def _spin(self, now_s: float) -> bool:
         """While a short run is out, looks for its answer without sleeping: a wake-up costs more than the run.
@@ -322,14 +355,11 @@ class Daemon:
         until_s = self._core.spin_until_s
         if now_s >= until_s or not self._may_spin:
             return False
-        poll, fds = self._epoll.poll, self._fds
+        poll = self._epoll.poll
         while time.monotonic() < until_s:
             found = poll(0)
             if found:
-                for fd, _ in found:
-                    ready = fds.get(fd)
-                    if ready is not None:
-                        ready()
+                self._serve(found)
                 return True
             os.sched_yield()
         return False
@@ -338,39 +368,48 @@ class Daemon:
     """When `_timers` is to run at the latest; kept current by `_due_s`."""
 
     def _due_s(self) -> float:
-        due = min(self._sample_at_s, self._timer_s())
+        due = min(self._sample_at_s, self._reap_at_s, self._flush_at_s)
+        if self._scan_at_s is not None and not self._scanning and self._scan_at_s < due:
+            due = self._scan_at_s
         core_due = self._core.next_due_s()
         if core_due is not None and core_due < due:
             due = core_due
         self._next_s = due
         return due
 
-    def _timer_s(self) -> float:
-        due = self._sample_at_s
-        if self._scan_at_s is not None and not self._scanning:
-            due = min(due, self._scan_at_s)
-        if self._reaping or self._doomed:
-            due = min(due, time.monotonic() + REAP_S)
-        for router in self._routers.values():
-            if router.has_backlog:
-                due = min(due, time.monotonic() + FLUSH_S)
-        return due
-
     def _timers(self, now_s: float) -> None:
+        for due_s, task in (
+            (self._flush_at_s, self._flush),
+            (self._reap_at_s, self._reap),
+            (self._scan_at_s, self._begin_scan),
+            (self._sample_at_s, self._sample),
+        ):
+            if due_s is None or now_s < due_s:
+                continue
+            try:
+                task(now_s)
+            except Exception:  # noqa: BLE001 - the loop's edge: one timer's bug must not stop the others
+                self._note_bug(traceback.format_exc())
+        self._step(Tick())
+
+    def _flush(self, now_s: float) -> None:
+        """Tries again to send what slow clients had no room for; ever more seldom while nothing moves."""
+        moved = False
         for router in self._routers.values():
             if router.has_backlog:
-                router.flush()
+                moved = router.flush() or moved
                 self._unasked.add(router)
-        if self._reaping or self._doomed:
-            self._reap(now_s)
-        if self._scan_at_s is not None and now_s >= self._scan_at_s and not self._scanning:
-            self._scan_at_s = None
-            self._scanning = True
-            unseen = Snapshot(str(self._config.server.models), fault="a fault of edged hides it; see the log")
-            self._helper.give(self._scan_task, otherwise=[FolderScanned(unseen, time.time())])
-        if now_s >= self._sample_at_s:
-            self._sample(now_s)
-        self._step(Tick())
+        self._flush_pause_s = FLUSH_S if moved else min(FLUSH_MAX_S, 2 * self._flush_pause_s)
+        waits = any(router.has_backlog for router in self._routers.values())
+        self._flush_at_s = now_s + self._flush_pause_s if waits else math.inf
+
+    def _begin_scan(self, now_s: float) -> None:
+        if self._scanning:
+            return
+        self._scan_at_s = None
+        self._scanning = True
+        unseen = Snapshot(str(self._config.server.models), fault="a fault of edged hides it; see the log")
+        self._helper.give(self._scan_task, otherwise=[FolderScanned(unseen, time.time())])
 
     def _step(self, event: Event) -> None:
         """An event to the core, and the core's effects carried out."""
@@ -406,6 +445,10 @@ class Daemon:
                 self._step(RunFailed(worker, run_id, error.code.value, "DAEMON_BUG", text))
             case StartWorker(worker=worker):
                 self._step(WorkerGoneEvent(worker, f"it could not be started: {text}"))
+            case LoadInstance(worker=worker, instance=instance):
+                self._step(InstanceLoadFailed(worker, instance, "INTERNAL", "DAEMON_BUG", text))
+            case StartMeasure(measure=measure):
+                self._step(Measured(measure, None, text))
 
     def _note_bug(self, text: str, incident: str = "") -> None:
         self._journal.emit("daemon_bug", DETAIL=text, INCIDENT=incident or None)
@@ -465,17 +508,11 @@ class Daemon:
         except ConfigError as e:
             self._journal.emit("config_rejected", DETAIL=e.message)
         else:
-            # What the sockets, the store and the processes were built from stays until a restart.
-            fixed = [
-                name
-                for name in ("server", "store", "runtimes")
-                if getattr(config, name) != getattr(self._config, name)
-            ]
-            live = replace(config, server=self._config.server, store=self._config.store)
+            live, fixed = _keep_fixed(self._config, config)
             self._step(ConfigChanged(live))
             self._wire_limits = self._core.wire_limits
             self._config = live
-            note = f"a restart is needed for [{'], ['.join(fixed)}]" if fixed else None
+            note = f"a restart is needed for {', '.join(fixed)}" if fixed else None
             self._journal.emit("config_reloaded", DETAIL=note)
         self._notifier.ready(status.status_text(self._core))
 
@@ -493,6 +530,7 @@ class Daemon:
             self._step(WorkerGoneEvent(effect.worker, f"it could not be started: {e.strerror}"))
             return
         self._workers[effect.worker] = process
+        self._owners[process.data_fd] = self._owners[process.control_fd] = process
         self._watch(process.data_fd, lambda: self._worker_data(effect.worker, process))
         self._watch(process.control_fd, lambda: self._worker_control(effect.worker, process))
 
@@ -552,6 +590,7 @@ class Daemon:
         for process in list(self._doomed):
             if process.reap() is not None:
                 self._doomed.remove(process)
+        self._reap_at_s = now_s + REAP_S if self._reaping or self._doomed else math.inf
 
     def _tell(self, worker: int, packet: list[Any]) -> None:
         process = self._workers.get(worker)
@@ -611,6 +650,9 @@ class Daemon:
         router = self._routers[socket]
         router.send(route, frames)
         self._unasked.add(router)
+        if router.has_backlog and self._flush_at_s == math.inf:
+            self._flush_pause_s = FLUSH_S
+            self._flush_at_s = time.monotonic() + FLUSH_S
 
     def _shrink(self) -> None:
         known = self._core.workers.table
@@ -666,6 +708,7 @@ class Daemon:
         process.close()
         process.kill()
         self._doomed.append(process)
+        self._reap_at_s = time.monotonic() + REAP_S
 
     def _stop_measure(self, effect: StopMeasure) -> None:
         if self._measure is not None and self._measure[0] == effect.measure:
@@ -818,8 +861,9 @@ class Daemon:
 
     def _log(self, effect: Log) -> None:
         fields = effect.fields
-        if effect.kind == "client_misbehaves":
-            key = f"{fields.get('REASON')} by uid {fields.get('CLIENT_UID')}"
+        if effect.kind in ("client_misbehaves", "request_internal_error"):
+            by = f"uid {fields['CLIENT_UID']}" if "CLIENT_UID" in fields else f"model {fields.get('MODEL')}"
+            key = f"{fields.get('REASON')} by {by}"
             if not self._limiter.admit(key, time.monotonic()):
                 return
         self._journal.emit(effect.kind, **fields)
@@ -868,6 +912,21 @@ def _entry_of(good: LastGood) -> Entry:
 
 class _LookAgain(Event, frozen=True):
     """From the watcher: the folder was touched."""
+
+
+def _keep_fixed(old: Config, new: Config) -> tuple[Config, list[str]]:
+    """`new` with what was built into the sockets, the store and the processes as it was; what that is."""
+    changed = []
+    for section, names in _FIXED.items():
+        before, after = getattr(old, section), getattr(new, section)
+        if names is None:
+            if before != after:
+                changed.append(f"[{section}]")
+            new = replace(new, **{section: before})
+            continue
+        changed += [f"{section}.{n}" for n in names if getattr(before, n) != getattr(after, n)]
+        new = replace(new, **{section: replace(after, **{n: getattr(before, n) for n in names})})
+    return new, changed
 
 
 def _cpu_name() -> str:

@@ -370,7 +370,3 @@ class RateLimiter:
             summaries.append(Summary(key, counter.count))
             counter.count, counter.due_s = 0, now_s + self._interval_s
         return summaries
-
-    def next_due_s(self) -> float | None:
-        """When `due` is to be asked next; None while there is nothing to wait for."""
-        return min((counter.due_s for counter in self._counters.values()), default=None)

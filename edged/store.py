@@ -47,6 +47,8 @@ _FILES = "files"
 _CHECKSUMS_BYTES_MAX = 1 << 20
 _INTERRUPTIONS_MAX = 2
 """A content during whose load the daemon died this often is quarantined: once may have been the power."""
+_INTERRUPTIONS_GOOD_MAX = 8
+"""The same for a content that has served: a supply that flaps at boot is likelier than a change of heart."""
 _HISTORY_MAX = 64
 """Contents of one model whose version numbers are remembered, long after their copies were evicted."""
 _KEYS_MAX = 8192
@@ -643,8 +645,13 @@ class Store:
         self.clear_quarantine(digest)
 
     def quarantined(self, digest: str) -> bool:
-        """Whether the daemon died in this content's load twice in a row. Once may have been the power."""
-        return self._interrupted.get(digest, 0) >= _INTERRUPTIONS_MAX
+        """Whether the daemon died in this content's load too often in a row: it may be what kills it."""
+        good = any(
+            each["digest"] == digest and each["good"]
+            for record in self._models.data.values()
+            for each in record["contents"]
+        )
+        return self._interrupted.get(digest, 0) >= (_INTERRUPTIONS_GOOD_MAX if good else _INTERRUPTIONS_MAX)
 
     def clear_quarantine(self, digest: str) -> None:
         """Forgets the interrupted attempts of a content."""

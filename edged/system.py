@@ -405,10 +405,6 @@ class Notifier:
         """The main loop has made progress. Never call it from anywhere else."""
         return self._send("WATCHDOG=1", timeout_s=0.0)
 
-    def extend_timeout(self, seconds: float) -> bool:
-        """Start, reload or stop will take up to this much longer from now on."""
-        return self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}", timeout_s=0.0)
-
     def close(self) -> None:
         """Close the socket; later calls do nothing."""
         if self._socket is not None:

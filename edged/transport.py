@@ -37,6 +37,12 @@ BACKLOG_BYTES_MAX = 64 * 1024 * 1024
 BACKLOG_REPLIES_MAX = 4096
 """Replies kept for one client that does not read, before they are dropped."""
 
+BACKLOG_TOTAL_BYTES_MAX = 512 * 1024 * 1024
+"""The same for all clients together."""
+
+TRACKED_BYTES_MIN = 256 * 1024
+"""Frames from this size on are counted until the client has taken them; of others the number is bounded."""
+
 # The calls of each request, without pyzmq's conveniences: those cost as much again.
 _get: Any = zmq.backend.Socket.get
 _recv: Any = zmq.backend.Socket.recv
@@ -44,7 +50,10 @@ _send: Any = zmq.backend.Socket.send
 _EVENTS, _POLLIN, _NOBLOCK, _SNDMORE = int(zmq.EVENTS), int(zmq.POLLIN), int(zmq.NOBLOCK), int(zmq.SNDMORE)
 
 PEERS_MAX = 8192
-"""Peers remembered by their route; then the memory starts anew."""
+"""Peers remembered by what the kernel says of them; then the memory starts anew."""
+
+NOBODY = Peer(-1, -1, 0)
+"""A peer of whom the kernel said nothing; it owns nothing."""
 
 
 class TransportError(Exception):
@@ -137,8 +146,10 @@ class Router:
         finally:
             os.umask(umask)
         self.fd: int = socket.getsockopt(zmq.FD)
-        self._peers: dict[bytes, Peer] = {}
+        self._peers: dict[str, Peer] = {}
         self._backlogs: dict[bytes, _Backlog] = {}
+        self._backlog_bytes = 0
+        self._large: dict[bytes, list[tuple[Any, int]]] = {}
         self.dropped_replies = 0
 
     def readable(self) -> bool:
@@ -170,42 +181,70 @@ class Router:
             # REQ with REQ_CORRELATE puts a number before its delimiter (zmq_setsockopt(3)).
             route = (name, bytes(frames[0]), b"")
             del frames[:2]
-        return Incoming(route, self._peer(name, last), frames)
+        return Incoming(route, self._peer(last), frames)
 
-    def _peer(self, identity: bytes, frame: Any) -> Peer:
-        # A route that libzmq chose (it begins with a zero) is never used again; a client's own may be.
-        peer = self._peers.get(identity)
+    def _peer(self, frame: Any) -> Peer:
+        # By what the kernel says, not by the route, which a client may choose and another choose again.
+        try:
+            address = frame.get("Peer-Address")
+        except zmq.ZMQError:
+            return NOBODY
+        peer = self._peers.get(address)
         if peer is None:
-            peer = _parse_peer(frame)
-            if identity[:1] == b"\0":
-                if len(self._peers) >= PEERS_MAX:
-                    self._peers.clear()
-                self._peers[identity] = peer
+            if len(self._peers) >= PEERS_MAX:
+                self._peers.clear()
+            peer = self._peers[address] = _parse_peer(address)
         return peer
 
     def send(self, route: Route, frames: Sequence[bytes | memoryview]) -> None:
         """Sends a reply, now or when the client has room. A client that is gone loses it."""
-        backlog = self._backlogs.get(route[0])
-        if backlog is None and self._try(route, frames):
-            return
+        name = route[0]
+        backlog = self._backlogs.get(name)
+        size = sum([len(f) for f in frames])
         if backlog is None:
-            backlog = self._backlogs[route[0]] = _Backlog()
-        size = sum([len(f) for f in (*route, *frames)])
-        if backlog.nbytes + size > BACKLOG_BYTES_MAX or len(backlog.replies) >= BACKLOG_REPLIES_MAX:
+            if size < TRACKED_BYTES_MIN and name not in self._large:
+                if self._try(route, frames):
+                    return
+            elif self._unread_bytes(name) + size <= BACKLOG_BYTES_MAX and self._try(route, frames):
+                return
+            backlog = self._backlogs[name] = _Backlog()
+        size += sum([len(part) for part in route])
+        if (
+            backlog.nbytes + size > BACKLOG_BYTES_MAX
+            or self._backlog_bytes + size > BACKLOG_TOTAL_BYTES_MAX
+            or len(backlog.replies) >= BACKLOG_REPLIES_MAX
+        ):
             self.dropped_replies += 1
+            if not backlog.replies:
+                del self._backlogs[name]
             return
         backlog.nbytes += size
+        self._backlog_bytes += size
         # The frames may lie in memory that is used again as soon as this returns.
         backlog.replies.append([*route, *[bytes(f) for f in frames]])
+
+    def _unread_bytes(self, name: bytes) -> int:
+        """Of the large frames that libzmq still holds for this client: its own bound counts only messages."""
+        left = [(tracker, size) for tracker, size in self._large.get(name, ()) if not tracker.done]
+        if left:
+            self._large[name] = left
+        else:
+            self._large.pop(name, None)
+        return sum(size for _, size in left)
 
     def _try(self, route: Route, frames: Sequence[bytes | memoryview]) -> bool:
         socket = self._socket
         try:
             for part in route:
                 _send(socket, part, _NOBLOCK | _SNDMORE)
-            for frame in frames[:-1]:
-                _send(socket, frame, _NOBLOCK | _SNDMORE)
-            _send(socket, frames[-1], _NOBLOCK)
+            last = len(frames) - 1
+            for at, frame in enumerate(frames):
+                flags = _NOBLOCK if at == last else _NOBLOCK | _SNDMORE
+                if len(frame) < TRACKED_BYTES_MIN:
+                    _send(socket, frame, flags)
+                else:
+                    tracker = _send(socket, bytes(frame), flags, False, True)
+                    self._large.setdefault(route[0], []).append((tracker, len(frame)))
         except zmq.Again:
             return False
         except zmq.ZMQError as e:
@@ -218,30 +257,38 @@ class Router:
         """Whether replies wait for slow clients; then `flush` wants to be called now and then."""
         return bool(self._backlogs)
 
-    def flush(self) -> None:
-        """Tries again to send what slow clients had no room for."""
+    def flush(self) -> bool:
+        """Tries again to send what slow clients had no room for; whether anything went."""
+        moved = False
         for identity, backlog in list(self._backlogs.items()):
             while backlog.replies:
                 parts = backlog.replies[0]
+                size = sum([len(p) for p in parts])
+                unread = self._unread_bytes(identity)
+                if unread and unread + size > BACKLOG_BYTES_MAX:
+                    break
                 if not self._try(tuple(parts[:1]), parts[1:]):
                     break
                 backlog.replies.popleft()
-                backlog.nbytes -= sum([len(p) for p in parts])
+                backlog.nbytes -= size
+                self._backlog_bytes -= size
+                moved = True
             if not backlog.replies:
                 del self._backlogs[identity]
+        return moved
 
     def close(self) -> None:
         """Ends the socket; replies under way have 200 ms."""
         self._socket.close()
 
 
-def _parse_peer(frame: Any) -> Peer:
+def _parse_peer(address: str) -> Peer:
     """`localhost:uid:gid:pid`, which libzmq attaches by SO_PEERCRED to every message on ipc."""
     try:
-        _, uid, gid, pid = frame.get("Peer-Address").rsplit(":", 3)
+        _, uid, gid, pid = address.rsplit(":", 3)
         return Peer(int(uid), int(gid), int(pid))
-    except (zmq.ZMQError, ValueError, AttributeError):
-        return Peer(-1, -1, 0)
+    except ValueError:
+        return NOBODY
 
 
 def bind_events(context: zmq.Context[Any], endpoint: str) -> zmq.Socket[Any]:

@@ -568,6 +568,26 @@ def test_two_interrupted_attempts_quarantine_a_content(tmp_path: Path) -> None:
         assert not store.quarantined(digest)
 
 
+def test_content_that_has_served_survives_more_power_cuts(tmp_path: Path, root: Path) -> None:
+    """A supply that flaps at boot must not cost a model that served for months."""
+    with open_store(tmp_path) as store:
+        good = stage(store, root, b"good")
+        mark(store, good)
+    program = (
+        "import os, sys, signal, pathlib, edged.store as s\n"
+        "store = s.Store(pathlib.Path(sys.argv[1]), keep_versions=1, max_bytes=None, disk_free_min_bytes=0)\n"
+        "store.begin_attempt(sys.argv[2])\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    for _ in range(8):
+        with open_store(tmp_path) as store:
+            assert not store.quarantined(good.digest)
+        arguments = [sys.executable, "-c", program, tmp_path / "state", good.digest]
+        assert subprocess.run(arguments, cwd=REPOSITORY).returncode == -signal.SIGKILL
+    with open_store(tmp_path) as store:
+        assert store.quarantined(good.digest)
+
+
 def test_an_attempt_that_ends_or_a_clean_stop_counts_for_nothing(tmp_path: Path) -> None:
     """A load that failed, and a stop in the middle of a load, are no crashes."""
     for _ in range(3):

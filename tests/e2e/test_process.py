@@ -192,6 +192,15 @@ def test_hangup_takes_a_good_configuration_and_keeps_the_old_over_a_bad_one(tmp_
         daemon.heard("READY")
         assert daemon.client.server_metadata()["limits"]["queue_length"] == 7
 
+        config.write_text("[limits]\nqueue_length = 7\nframes = 5\n[resources]\nmemory = '50%'\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.heard("RELOADING")
+        daemon.heard("READY")
+        assert daemon.client.server_metadata()["limits"]["frames"] == 64
+        until(
+            lambda: "limits.frames, resources.memory" in daemon.log(), what="what waits for a restart is told"
+        )
+
         config.write_text("[limits]\nqueue_lenght = 9\n")
         daemon.signal(signal.SIGHUP)
         daemon.heard("RELOADING")
