@@ -194,7 +194,7 @@ def peer(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pe
 @pytest.fixture
 def nobody(tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch) -> pathlib.Path:
     """An endpoint and directories where no daemon ever was."""
-    monkeypatch.setenv("EDGED_ENDPOINT", f"ipc://{tmp_path}/none.sock")
+    monkeypatch.setenv("EDGED_ENDPOINT", f"ipc://{tmp_path}/edged.sock")
     monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
     return tmp_path
@@ -920,7 +920,7 @@ def test_edged_check_says_the_settings(nobody: pathlib.Path, capsys: pytest.Capt
         "--models",
         str(nobody / "m"),
         "--endpoint",
-        f"ipc://{nobody}/e.sock",
+        f"ipc://{nobody}/edged.sock",
         "--log-level",
         "debug",
     ]
