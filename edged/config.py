@@ -92,6 +92,8 @@ class LimitsConfig:
     queue_length: int = 256
     queue_bytes: int = 512 * _MIB
     clients: int = 1024
+    lease_bytes: int = 256 * _MIB
+    leases: int = 64
 
 
 @dataclass(frozen=True)
@@ -352,7 +354,7 @@ _SECTIONS: Mapping[str, tuple[str, type, tuple[_Key, ...]]] = {
                 "endpoint",
                 "endpoint",
                 _ENDPOINT,
-                "The socket of the protocol; `admin.sock` and `events.sock` lie beside it.",
+                "The socket of the protocol; `admin.sock`, `events.sock` and `lease.sock` lie beside it.",
                 "`$RUNTIME_DIRECTORY/edged.sock`, else `$XDG_RUNTIME_DIR/edged/edged.sock`, else "
                 "`run/edged.sock` in the state directory",
             ),
@@ -419,6 +421,13 @@ _SECTIONS: Mapping[str, tuple[str, type, tuple[_Key, ...]]] = {
                 "Bytes of all waiting requests together.",
             ),
             _Key("clients", "clients", units.whole(1, 65536), "Clients that are kept account of."),
+            _Key(
+                "lease_bytes",
+                "lease_bytes",
+                units.size(0, 64 * _GIB),
+                "Bytes of shared memory that the processes of one user may lease together; 0 leases none.",
+            ),
+            _Key("leases", "leases", units.whole(1, 1024), "Leased regions of one connection."),
         ),
     ),
     "resources": (

@@ -26,6 +26,7 @@ from edged.errors import (
     EdgedError,
     InvalidArgument,
     NotFound,
+    ResourceExhausted,
     Unavailable,
     make_error,
 )
@@ -38,13 +39,21 @@ from edged.events import (
     Event,
     Exit,
     FolderScanned,
+    FreeRegion,
+    GrantRegion,
     InstanceLoaded,
     InstanceLoadFailed,
+    LaneBadPacket,
+    LaneClosed,
+    LaneOpened,
+    LanePacket,
+    LaneReply,
     LoadPrepared,
     Log,
     Measured,
     Probed,
     Publish,
+    RegionFailed,
     Reply,
     RequestArrived,
     RunDone,
@@ -65,12 +74,21 @@ from edged.events import (
 )
 from edged.instances import SLOTS_PER_WORKER, Instance, InstanceState, Machine, Surroundings, Worker
 from edged.lifecycle import RUN_HUNG, Lifecycle
-from edged.messages import RequestId, Route, TensorData
+from edged.messages import InputTensor, Peer, RegionPart, RequestId, Route, TensorData
 from edged.placement import Placement
+from edged.regions import Regions
 from edged.registry import Registry
 from edged.scheduler import Job, JobState, Scheduler
-from edged.tensors import check_shape, shape_text
-from edged.wire import WireLimits, cut, input_data, timing_parameters, unknown_parameters
+from edged.tensors import ITEM_BYTES, check_shape, shape_text
+from edged.wire import (
+    WireLimits,
+    cut,
+    input_data,
+    leased_input,
+    region_reference,
+    timing_parameters,
+    unknown_parameters,
+)
 from edged.workers import Workers
 
 __all__ = ["Core", "Identity"]
@@ -117,6 +135,8 @@ class Core:
         identity: Identity,
         now_s: float,
         epoch_offset_s: float = 0.0,
+        page_bytes: int = 4096,
+        regions_max: int = 256,
     ) -> None:
         self.around = Surroundings(config, machine, self._emit)
         self.identity = identity
@@ -143,6 +163,12 @@ class Core:
             inflight_per_client=limits.inflight_per_client,
             clients=limits.clients,
         )
+        self.regions = Regions(
+            bytes_per_uid=limits.lease_bytes,
+            per_connection=limits.leases,
+            count_max=regions_max,
+            page_bytes=page_bytes,
+        )
         self.registry = Registry()
         self.workers = Workers(self.around)
         self.placement = Placement(self.around, now_s=now_s)
@@ -168,6 +194,11 @@ class Core:
             RunDone: self._on_run_done,
             RunFailed: self._on_run_failed,
             BadMessage: self._on_bad_message,
+            LaneOpened: lambda e, _: self._on_lane(e),
+            LanePacket: lambda e, _: self._on_lane(e),
+            LaneBadPacket: lambda e, _: self._on_lane(e),
+            RegionFailed: lambda e, _: self._on_lane(e),
+            LaneClosed: lambda e, _: self._on_lane(e),
             Tick: self._on_tick,
         }
 
@@ -235,17 +266,17 @@ class Core:
         except EdgedError as error:
             self._refuse(event.route, event.socket, request.id, error)
             if isinstance(error, InvalidArgument):
-                self._note_bad(event, error)
+                self._note_bad(event.peer, error)
 
     def _on_bad_message(self, event: BadMessage, now_s: float) -> None:
         self.counters["bad_messages"] += 1
         self._refuse(event.route, event.socket, event.request_id, event.error)
-        self._note_bad(event, event.error)
+        self._note_bad(event.peer, event.error)
 
-    def _note_bad(self, event: RequestArrived | BadMessage, error: EdgedError) -> None:
+    def _note_bad(self, peer: Peer, error: EdgedError) -> None:
         fields = {
-            "CLIENT_UID": str(event.peer.uid),
-            "CLIENT_PID": str(event.peer.pid),
+            "CLIENT_UID": str(peer.uid),
+            "CLIENT_PID": str(peer.pid),
             "REASON": error.reason or error.code.value,
             "DETAIL": error.message,
         }
@@ -272,9 +303,10 @@ class Core:
         instance = self.registry.lookup(request.model_name, request.model_version)
         scheduler = self.scheduler
         scheduler.check_room(event.route, request.id)
+        parts: list[RegionPart] = []
         try:
-            inputs = self._inputs(instance, event)
-            outputs = self._outputs(instance, event)
+            inputs = self._inputs(instance, event, parts)
+            outputs, into = self._outputs(instance, event, parts)
         except EdgedError:
             instance.stats.failure("reject", 0)
             raise
@@ -296,11 +328,15 @@ class Core:
         except EdgedError:
             instance.stats.failure("reject", 0)
             raise
+        if parts:
+            job.into = into
+            job.regions = tuple({part.region for part in parts})
+            self.regions.hold(job.regions)
         worker = self.workers.table.get(instance.worker) if instance.worker is not None else None
         if worker is not None and worker.free_slots:
             self._dispatch(worker, now_s)
 
-    def _inputs(self, instance: Instance, event: RequestArrived) -> list[TensorData]:
+    def _inputs(self, instance: Instance, event: RequestArrived, parts: list[RegionPart]) -> list[TensorData]:
         specs = instance.inputs
         found = []
         for tensor in event.request.inputs:
@@ -317,7 +353,10 @@ class Core:
                     reason="BAD_DATATYPE",
                 )
             check_shape(spec, tensor.shape)
-            found.append(input_data(tensor, event.frames))
+            if tensor.parameters is None:
+                found.append(input_data(tensor, event.frames))
+            else:
+                found.append(self._input_with_parameters(tensor, event, parts))
         if len(found) < len(specs):
             missing = instance.required.difference([t.name for t in found])
             if missing:
@@ -329,10 +368,23 @@ class Core:
                 )
         return found
 
-    def _outputs(self, instance: Instance, event: RequestArrived) -> list[str] | None:
+    def _input_with_parameters(
+        self, tensor: InputTensor, event: RequestArrived, parts: list[RegionPart]
+    ) -> TensorData:
+        reference = region_reference(tensor.parameters, f"input '{tensor.name}'")
+        if reference is None:
+            return input_data(tensor, event.frames)
+        part = self.regions.resolve(event.peer.uid, reference)
+        parts.append(part)
+        return leased_input(tensor, part)
+
+    def _outputs(
+        self, instance: Instance, event: RequestArrived, parts: list[RegionPart]
+    ) -> tuple[list[str] | None, dict[str, RegionPart] | None]:
+        """Which outputs are wanted, and which of them in leased memory."""
         wanted = event.request.outputs
         if wanted is None:
-            return None
+            return None, None
         names = [ref.name for ref in wanted]
         for name in names:
             if name not in instance.outputs:
@@ -343,7 +395,74 @@ class Core:
                 )
         if len(set(names)) != len(names):
             raise InvalidArgument("an output is asked for twice", reason="DUPLICATE_OUTPUT")
-        return names
+        into: dict[str, RegionPart] | None = None
+        for ref in wanted:
+            if ref.parameters is None:
+                continue
+            reference = region_reference(ref.parameters, f"output '{ref.name}'")
+            if reference is None:
+                continue
+            datatype = instance.outputs[ref.name].datatype
+            if datatype not in ITEM_BYTES:
+                raise InvalidArgument(
+                    f"output '{ref.name}' is {datatype}, whose size nobody knows before; "
+                    "only tensors of numbers can land in a region",
+                    reason="BAD_REGION",
+                )
+            part = self.regions.resolve(event.peer.uid, reference)
+            parts.append(part)
+            into = into or {}
+            into[ref.name] = part
+        return names, into
+
+    # ------------------------------------------------------------------ leases
+
+    def _drop(self, regions: tuple[int, ...]) -> None:
+        """A request or a run has ended: what nobody leases and nobody uses any more is reclaimed."""
+        self._out.extend([FreeRegion(each) for each in self.regions.drop(regions)])
+
+    def _on_lane(self, event: LaneOpened | LanePacket | LaneBadPacket | RegionFailed | LaneClosed) -> None:
+        match event:
+            case LaneOpened():
+                self.regions.connect(event.connection, event.peer.uid)
+            case LanePacket():
+                try:
+                    self._lease(event)
+                except EdgedError as error:
+                    self._refuse_lane(event, event.request.id, error)
+            case LaneBadPacket():
+                self.counters["bad_messages"] += 1
+                self._refuse_lane(event, event.request_id, event.error)
+            case RegionFailed():
+                freed = self.regions.release(event.connection, event.name)
+                self._out.extend([FreeRegion(each) for each in freed])
+                failure = ResourceExhausted(f"no memory to lease: {event.why}", reason="OUT_OF_MEMORY")
+                header = {"id": event.request_id, "error": failure.to_wire()}
+                self._out.append(LaneReply(event.connection, header))
+            case LaneClosed():
+                self._out.extend([FreeRegion(each) for each in self.regions.disconnect(event.connection)])
+
+    def _lease(self, event: LanePacket) -> None:
+        request = event.request
+        if request.method == "lease_release":
+            freed = self.regions.release(event.connection, request.region or "")
+            self._out.extend([FreeRegion(each) for each in freed])
+            self._out.append(LaneReply(event.connection, {"id": request.id}))
+            return
+        if self.stopping:
+            raise Unavailable("the daemon is stopping", reason="SERVER_STOPPING", retry_after_ms=2000)
+        region = self.regions.acquire(event.connection, request.byte_size or 0, event.fresh_name)
+        self._out.append(
+            GrantRegion(event.connection, request.id, region.id, region.name, region.nbytes),
+        )
+
+    def _refuse_lane(
+        self, event: LanePacket | LaneBadPacket, request_id: RequestId, error: EdgedError
+    ) -> None:
+        self.counters["refused"] += 1
+        self._out.append(LaneReply(event.connection, {"id": request_id, "error": error.to_wire()}))
+        if isinstance(error, InvalidArgument) or isinstance(event, LaneBadPacket):
+            self._note_bad(event.peer, error)
 
     # ------------------------------------------------------------------ runs
 
@@ -370,7 +489,11 @@ class Core:
             run = self._runs[run_id] = _Run(job, instance, worker, slot)
             if len(worker.free_slots) == SLOTS_PER_WORKER - 1:
                 self._limit(run, now_s)
-            self._out.append(StartRun(worker.id, run_id, instance.id, slot, job.inputs, job.outputs))
+            if job.regions:
+                self.regions.hold(job.regions)
+            self._out.append(
+                StartRun(worker.id, run_id, instance.id, slot, job.inputs, job.outputs, job.into)
+            )
 
     def _limit(self, run: _Run, now_s: float) -> None:
         """A run's limit begins when it is the first at its worker: it is not blamed for those before it."""
@@ -389,7 +512,14 @@ class Core:
                     self._limit(first, now_s)
             if not self._runs:
                 self.spin_until_s = 0.0
+            if run.job.regions:
+                self._drop(run.job.regions)
         return run
+
+    def _answered(self, job: Job) -> None:
+        self.scheduler.answered(job)
+        if job.regions:
+            self._drop(job.regions)
 
     def _on_run_done(self, event: RunDone, now_s: float) -> None:
         run = self._end_run(event.run_id, now_s)
@@ -432,7 +562,7 @@ class Core:
                     parameters,
                 )
             )
-            self.scheduler.answered(job)
+            self._answered(job)
         self._after_run(run, now_s)
 
     def _on_run_failed(self, event: RunFailed, now_s: float) -> None:
@@ -471,7 +601,7 @@ class Core:
             kind = "cancel" if isinstance(error, Cancelled) else "fail"
             instance.stats.failure(kind, int((now_s - job.arrived_s) * 1e9))
         self._refuse(job.route, "infer", job.request_id, error)
-        self.scheduler.answered(job)
+        self._answered(job)
 
     def running(self, instance: Instance) -> int:
         """How many of an instance's runs are with its worker."""
@@ -666,6 +796,8 @@ class Core:
         self.scheduler.queue_bytes = config.limits.queue_bytes
         self.scheduler.inflight_per_client = config.limits.inflight_per_client
         self.scheduler.clients_max = config.limits.clients
+        self.regions.bytes_per_uid = config.limits.lease_bytes
+        self.regions.per_connection = config.limits.leases
         if config.log.level != old.log.level:
             self._out.append(SetLogLevel(config.log.level))
         self._out.append(Scan(0.0))

@@ -11,8 +11,10 @@ from __future__ import annotations
 import contextlib
 import gc
 import math
+import mmap
 import os
 import platform
+import resource
 import secrets
 import select
 import signal
@@ -47,9 +49,16 @@ from edged.events import (
     Exit,
     FolderScanned,
     ForgetModel,
+    FreeRegion,
+    GrantRegion,
     InstanceLoaded,
     InstanceLoadFailed,
     KillWorker,
+    LaneBadPacket,
+    LaneClosed,
+    LaneOpened,
+    LanePacket,
+    LaneReply,
     LoadInstance,
     LoadPrepared,
     Log,
@@ -60,6 +69,7 @@ from edged.events import (
     Probed,
     Publish,
     Ready,
+    RegionFailed,
     RememberChoice,
     Reply,
     RequestArrived,
@@ -86,7 +96,8 @@ from edged.events import WorkerGone as WorkerGoneEvent
 from edged.helper import Helper, Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
-from edged.messages import Route
+from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
+from edged.messages import RegionPart, Route
 from edged.process import ProbeProcess, Spawner, WorkerGone, WorkerLimits, WorkerProcess
 from edged.repository import Entry, Snapshot, scan
 from edged.store import LastGood, Store, StoreError
@@ -114,6 +125,10 @@ SCAN_DEBOUNCE_S = 0.05
 
 FAULT_RESCAN_S = 2.0
 """How often a folder that is gone is looked for: nothing tells when its mount comes back."""
+
+REGIONS_MAX = 4096
+"""Leased regions in all; or a quarter of the daemon's descriptors, where that is less: without one left, libzmq
+ends the process."""
 
 STATUS_S = 2.0
 """How often the text of `systemctl status` may change."""
@@ -222,8 +237,11 @@ class Daemon:
             identity=Identity(__version__, secrets.token_hex(8), os.getpid()),
             now_s=now_s,
             epoch_offset_s=time.time() - now_s,
+            page_bytes=mmap.PAGESIZE,
+            regions_max=min(REGIONS_MAX, _descriptors_max() // 4),
         )
         self._open_sockets()
+        self._open_lanes()
         self._helper = Helper("store", self._mailbox, self._note_bug)
         self._watcher = Watcher(config.server.models, self._folder_touched)
         self._watcher.start()
@@ -258,6 +276,19 @@ class Daemon:
         self._stack.callback(self._events.close)
         self._dir.claim(self._dir.events, "edged")
         self._wire_limits = self._core.wire_limits
+
+    def _open_lanes(self) -> None:
+        error = ResourceExhausted(
+            "too many connections to lease.sock; one is enough for a process", reason="TOO_MANY_CLIENTS"
+        )
+        self._lanes = Lanes(
+            self._dir.lease,
+            refusal=wire.encode({"id": None, "error": error.to_wire()}),
+            connections_max=min(CONNECTIONS_MAX, _descriptors_max() // 8),
+        )
+        self._stack.callback(self._lanes.close)
+        self._dir.claim(self._dir.lease, "edged")
+        self._watch(self._lanes.fd, self._lanes_ready)
 
     def _open_wakeups(self) -> None:
         wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
@@ -478,6 +509,25 @@ class Daemon:
             return BadMessage(message.route, name, message.peer, e.request_id, e.error)
         return RequestArrived(message.route, name, message.peer, request, tensors)
 
+    def _lanes_ready(self) -> None:
+        for found in self._lanes.turn():
+            match found:
+                case Opened(connection=connection, peer=peer):
+                    self._step(LaneOpened(connection, peer))
+                case Packet():
+                    self._step(self._decode_lane(found))
+                case _:
+                    self._step(LaneClosed(found.connection))
+        for closed in self._lanes.lost():
+            self._step(LaneClosed(closed.connection))
+
+    def _decode_lane(self, packet: Packet) -> Event:
+        try:
+            request = wire.decode_lane_request(packet.raw, truncated=packet.truncated)
+        except wire.WireError as e:
+            return LaneBadPacket(packet.connection, packet.peer, e.request_id, e.error)
+        return LanePacket(packet.connection, packet.peer, request, secrets.token_hex(16))
+
     def _take_mail(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(fd)
@@ -607,15 +657,24 @@ class Daemon:
         if process is None:
             return  # It hung up; its end is about to be told, and answers this run.
         total = sum([aligned(len(tensor.raw)) for tensor in effect.inputs])
-        at, tensors = 0, []
+        at, tensors, leased = 0, [], effect.into is not None
         try:
             view = process.arena.slot_view(effect.slot, total)
             for tensor in effect.inputs:
+                part = tensor.part
+                if part is not None:
+                    leased = True
+                    tensors.append(
+                        [tensor.name, tensor.datatype, tensor.shape, part.offset, part.nbytes, part.region]
+                    )
+                    continue
                 size = len(tensor.raw)
                 view[at : at + size] = tensor.raw
                 tensors.append([tensor.name, tensor.datatype, tensor.shape, at, size])
                 at = aligned(at + size)
             packet = ["run", effect.run_id, effect.instance, effect.slot, tensors, effect.outputs]
+            if leased:
+                packet.append(self._share_regions(process, effect))
             if not process.send_run(packet):
                 process.kill()  # two packets outstanding at most: a full socket is a worker gone wrong
         except ResourceExhausted as e:
@@ -623,13 +682,29 @@ class Daemon:
         except WorkerGone:
             self._hung_up(effect.worker, process)
 
+    def _share_regions(self, process: WorkerProcess, effect: StartRun) -> dict[str, list[int]]:
+        """Gives a worker the leased memory that a run uses, each region once; returns where outputs go."""
+        into = effect.into or {}
+        parts = [tensor.part for tensor in effect.inputs if tensor.part is not None]
+        for part in (*parts, *into.values()):
+            if part.region not in process.regions:
+                if not process.send_control(["region", part.region], self._lanes.region_fd(part.region)):
+                    process.kill()  # its control thread has not read for hundreds of packets
+                process.regions.add(part.region)
+        return {name: [part.region, part.offset, part.nbytes] for name, part in into.items()}
+
     def _send_result(self, effect: SendResult) -> None:
         process = self._workers[effect.worker]
         outputs: list[wire.Output] = []
+        into = effect.job.into
+        landed: dict[str, RegionPart] | None = None if into is None else {}
         try:
             for row in effect.outputs:
                 if row[2] is None:
                     outputs.append((row[0], row[1], None, row[5]))
+                elif into is not None and landed is not None and row[0] in into:
+                    landed[row[0]] = _landed(into[row[0]], row[4])
+                    outputs.append((row[0], row[1], row[2], b""))
                 else:
                     outputs.append((row[0], row[1], row[2], process.arena.read(effect.slot, row[3], row[4])))
         except ArenaBoundsError as e:
@@ -642,7 +717,7 @@ class Daemon:
             process.kill()
             return
         frames = wire.encode_infer_reply(
-            effect.job.request_id, effect.name, effect.version, outputs, effect.parameters
+            effect.job.request_id, effect.name, effect.version, outputs, effect.parameters, landed
         )
         self._send("infer", effect.job.route, frames)
 
@@ -653,6 +728,22 @@ class Daemon:
         if router.has_backlog and self._flush_at_s == math.inf:
             self._flush_pause_s = FLUSH_S
             self._flush_at_s = time.monotonic() + FLUSH_S
+
+    # ------------------------------------------------------------------ leases
+
+    def _grant_region(self, effect: GrantRegion) -> None:
+        header = {"id": effect.request_id, "region": effect.name, "byte_size": effect.nbytes}
+        try:
+            self._lanes.grant(effect.connection, wire.encode(header), effect.region, effect.nbytes)
+        except OSError as e:  # no memory, no descriptors
+            self._step(RegionFailed(effect.connection, effect.request_id, effect.name, e.strerror or str(e)))
+
+    def _free_region(self, effect: FreeRegion) -> None:
+        self._lanes.free(effect.region)
+        for worker, process in list(self._workers.items()):
+            if effect.region in process.regions:
+                process.regions.discard(effect.region)
+                self._tell(worker, ["region_gone", effect.region])
 
     def _shrink(self) -> None:
         known = self._core.workers.table
@@ -784,6 +875,7 @@ class Daemon:
         core.epoch_offset_s = time.time() - now_s
         pids = [w.pid for w in core.workers.table.values() if w.pid is not None]
         self._step(Sampled(self._sampler.sample(pids)))
+        self._lanes.rested()
         self._spawner.drain()
         templates = self._spawner.templates()
         for runtime in self._templates.keys() - templates.keys():
@@ -821,6 +913,9 @@ class Daemon:
             Reply: lambda e: self._send(e.socket, e.route, [wire.encode(e.header)]),
             SendResult: self._send_result,
             StartRun: self._start_run,
+            GrantRegion: self._grant_region,
+            LaneReply: lambda e: self._lanes.send(e.connection, wire.encode(e.header)),
+            FreeRegion: self._free_region,
             CancelRun: lambda e: self._tell(e.worker, ["cancel", e.run_id]),
             StartWorker: self._start_worker,
             LoadInstance: lambda e: self._tell(e.worker, ["load", e.instance, e.spec]),
@@ -927,6 +1022,19 @@ def _keep_fixed(old: Config, new: Config) -> tuple[Config, list[str]]:
         changed += [f"{section}.{n}" for n in names if getattr(before, n) != getattr(after, n)]
         new = replace(new, **{section: replace(after, **{n: getattr(before, n) for n in names})})
     return new, changed
+
+
+def _landed(place: RegionPart, nbytes: Any) -> RegionPart:
+    """What of `place` a worker says that it has written. Raises ArenaBoundsError for more than it has."""
+    if type(nbytes) is not int or not 0 <= nbytes <= place.nbytes:
+        raise ArenaBoundsError(f"{nbytes} bytes of a region's part of {place.nbytes}")
+    return RegionPart(place.region, place.name, place.offset, nbytes)
+
+
+def _descriptors_max() -> int:
+    """How many descriptors this process may have."""
+    soft: int = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return soft if soft != resource.RLIM_INFINITY else 1 << 20
 
 
 def _cpu_name() -> str:

@@ -14,7 +14,7 @@ import msgspec
 
 from edged.config import Config
 from edged.errors import EdgedError
-from edged.messages import Peer, Request, RequestId, Route, TensorData
+from edged.messages import LaneRequest, Peer, RegionPart, Request, RequestId, Route, TensorData
 from edged.repository import Entry, Snapshot
 from edged.resources import Sample
 from edged.scheduler import Job
@@ -33,9 +33,16 @@ __all__ = [
     "Exit",
     "FolderScanned",
     "ForgetModel",
+    "FreeRegion",
+    "GrantRegion",
     "InstanceLoadFailed",
     "InstanceLoaded",
     "KillWorker",
+    "LaneBadPacket",
+    "LaneClosed",
+    "LaneOpened",
+    "LanePacket",
+    "LaneReply",
     "LoadInstance",
     "LoadPrepared",
     "Log",
@@ -46,6 +53,7 @@ __all__ = [
     "Probed",
     "Publish",
     "Ready",
+    "RegionFailed",
     "RememberChoice",
     "Reply",
     "RequestArrived",
@@ -93,6 +101,46 @@ class BadMessage(Event, frozen=True):
     peer: Peer
     request_id: RequestId
     error: EdgedError
+
+
+class LaneOpened(Event, frozen=True):
+    """A peer connected to the lease socket."""
+
+    connection: int
+    peer: Peer
+
+
+class LanePacket(Event, frozen=True):
+    """A request on the lease socket; `fresh_name` is a random name for the region that it may ask for."""
+
+    connection: int
+    peer: Peer
+    request: LaneRequest
+    fresh_name: str
+
+
+class LaneBadPacket(Event, frozen=True):
+    """A packet on the lease socket that the wire refused."""
+
+    connection: int
+    peer: Peer
+    request_id: RequestId
+    error: EdgedError
+
+
+class RegionFailed(Event, frozen=True):
+    """A region's memory could not be made."""
+
+    connection: int
+    request_id: RequestId
+    name: str
+    why: str
+
+
+class LaneClosed(Event, frozen=True):
+    """A connection to the lease socket is gone, and its leases with it."""
+
+    connection: int
 
 
 class RunDone(Event, frozen=True):
@@ -248,6 +296,30 @@ class StartRun(Effect, frozen=True):
     slot: int
     inputs: list[TensorData]
     outputs: list[str] | None
+    into: dict[str, RegionPart] | None = None
+
+
+class GrantRegion(Effect, frozen=True):
+    """Make a region's memory and hand it out, as the answer to who asked for it."""
+
+    connection: int
+    request_id: RequestId
+    region: int
+    name: str
+    nbytes: int
+
+
+class LaneReply(Effect, frozen=True):
+    """Send a header on the lease socket."""
+
+    connection: int
+    header: dict[str, Any]
+
+
+class FreeRegion(Effect, frozen=True):
+    """Nobody uses this region any more: let go of its memory."""
+
+    region: int
 
 
 class CancelRun(Effect, frozen=True):

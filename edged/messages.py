@@ -11,7 +11,19 @@ from typing import Any
 
 import msgspec
 
-__all__ = ["METHODS", "InputTensor", "OutputRef", "Peer", "Request", "RequestId", "Route", "TensorData"]
+__all__ = [
+    "METHODS",
+    "InputTensor",
+    "LaneRequest",
+    "OutputRef",
+    "Peer",
+    "RegionPart",
+    "RegionReference",
+    "Request",
+    "RequestId",
+    "Route",
+    "TensorData",
+]
 
 RequestId = str | int | None
 
@@ -32,8 +44,10 @@ METHODS: dict[str, str] = {
     "repository_model_unload": "admin",
     "server_status": "admin",
     "log_settings": "admin",
+    "lease_acquire": "lease",
+    "lease_release": "lease",
 }
-"""Every method, and the socket that takes it: `infer`, `admin` or `both`."""
+"""Every method, and the socket that takes it: `infer`, `admin`, `both` of these, or `lease`."""
 
 
 class InputTensor(msgspec.Struct, frozen=True, gc=False):
@@ -70,6 +84,34 @@ class Request(msgspec.Struct, frozen=True):
     settings: dict[str, Any] | None = None
 
 
+class LaneRequest(msgspec.Struct, frozen=True):
+    """A packet on the lease socket."""
+
+    method: str
+    v: int = 1
+    id: RequestId = None
+    byte_size: int | None = None
+    region: str | None = None
+    must_understand: list[str] = []
+
+
+class RegionReference(msgspec.Struct, frozen=True, gc=False):
+    """A piece of leased memory as a request names it; nothing but its form has been checked."""
+
+    name: str
+    offset: int
+    nbytes: int
+
+
+class RegionPart(msgspec.Struct, frozen=True, gc=False):
+    """A checked piece of leased memory: it lies wholly inside its region, which is the asking uid's own."""
+
+    region: int
+    name: str
+    offset: int
+    nbytes: int
+
+
 @dataclass(frozen=True)
 class Peer:
     """Who is at the other end, by the kernel's word; the pid is for logs only."""
@@ -83,9 +125,13 @@ class Peer:
 
 
 class TensorData(msgspec.Struct, frozen=True, gc=False):
-    """A checked input: its raw bytes have exactly the length that its datatype and shape ask for."""
+    """A checked input: its raw bytes have exactly the length that its datatype and shape ask for.
+
+    One that lies in leased memory has no raw bytes but a `part`; nobody reads that before the worker does.
+    """
 
     name: str
     datatype: str
     shape: list[int]
     raw: bytes | memoryview
+    part: RegionPart | None = None

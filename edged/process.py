@@ -287,6 +287,8 @@ class WorkerProcess:
         self.spawner: Spawner | None = None
         self.template: _Template | None = None
         self.spawn_id = 0
+        self.regions: set[int] = set()
+        """Leased regions that the worker has been given."""
         self._data = data
         self._control = control
         self.data_fd = data.fileno()

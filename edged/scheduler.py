@@ -16,7 +16,7 @@ from typing import Any
 import msgspec
 
 from edged.errors import AlreadyExists, ResourceExhausted
-from edged.messages import Peer, RequestId, Route, TensorData
+from edged.messages import Peer, RegionPart, RequestId, Route, TensorData
 
 __all__ = ["Job", "JobState", "Scheduler"]
 
@@ -47,6 +47,10 @@ class Job(msgspec.Struct, eq=False):
     state: JobState = JobState.QUEUED
     run_id: int = 0
     started_s: float = 0.0
+    into: dict[str, RegionPart] | None = None
+    """Outputs that are to land in leased memory."""
+    regions: tuple[int, ...] = ()
+    """The leased memory that it uses, as input or output."""
 
 
 class Scheduler:

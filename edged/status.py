@@ -26,7 +26,7 @@ __all__ = [
     "status_text",
 ]
 
-EXTENSIONS = ("statistics", "model_repository", "cancel", "events", "logging")
+EXTENSIONS = ("statistics", "model_repository", "cancel", "events", "logging", "shared_memory")
 
 
 def server_metadata(core: Core) -> dict[str, Any]:
@@ -170,6 +170,7 @@ def server_status(core: Core, now_s: float) -> dict[str, Any]:
             "in_flight": core.scheduler.in_flight,
             "refused": core.counters["refused"],
         },
+        "leases": core.regions.snapshot(),
         "counters": dict(core.counters),
     }
 

@@ -84,6 +84,9 @@ class _FakeModel:
             for n in output_names
         ]
 
+    def forget_inputs(self) -> None:
+        return
+
     def cancel(self) -> None:
         self._cancel.set()
 

@@ -71,6 +71,7 @@ class SocketDir:
         self.infer = f"ipc://{self.path / 'edged.sock'}"
         self.admin = f"ipc://{self.path / 'admin.sock'}"
         self.events = f"ipc://{self.path / 'events.sock'}"
+        self.lease = str(self.path / "lease.sock")
         self._system = system
         try:
             self.path.mkdir(mode=0o755 if system else 0o700, parents=True, exist_ok=True)
@@ -102,7 +103,7 @@ class SocketDir:
 
     def close(self) -> None:
         """Removes the sockets and gives up the lock, whose file stays: removing it would let two lock two."""
-        for endpoint in (self.infer, self.admin, self.events):
+        for endpoint in (self.infer, self.admin, self.events, self.lease):
             with contextlib.suppress(FileNotFoundError):
                 os.unlink(endpoint.removeprefix("ipc://"))
         os.close(self._lock)

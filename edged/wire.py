@@ -8,14 +8,23 @@ the header's size before it is decoded, the number of frames before they are loo
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import msgspec
 
 from edged.errors import EdgedError, InvalidArgument, ResourceExhausted, Unimplemented
-from edged.messages import METHODS, InputTensor, Request, RequestId, TensorData
+from edged.messages import (
+    METHODS,
+    InputTensor,
+    LaneRequest,
+    RegionPart,
+    RegionReference,
+    Request,
+    RequestId,
+    TensorData,
+)
 from edged.tensors import (
     DATATYPES,
     ITEM_BYTES,
@@ -28,14 +37,18 @@ from edged.tensors import (
 
 __all__ = [
     "INLINE_BYTES_MAX",
+    "LANE_PACKET_BYTES_MAX",
     "PROTOCOL_VERSIONS",
     "Output",
     "WireError",
     "WireLimits",
+    "decode_lane_request",
     "decode_request",
     "encode",
     "encode_infer_reply",
     "input_data",
+    "leased_input",
+    "region_reference",
     "timing_parameters",
     "unknown_parameters",
 ]
@@ -52,8 +65,15 @@ _WALKED_ELEMENTS_MAX = 4096
 """BYTES elements that are walked here, in about 1 ms; a worker walks what has more, and refuses it alike."""
 
 _PARAMETERS = frozenset({"timeout", "deadline_ns", "priority"})
-_REGION_KEYS = frozenset({"shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"})
+_REGION, _OFFSET, _BYTE_SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
+_REGION_KEYS = frozenset({_REGION, _OFFSET, _BYTE_SIZE})
 _HEADER_KEYS = frozenset(Request.__struct_fields__)
+_LANE_KEYS = frozenset(LaneRequest.__struct_fields__)
+
+LANE_PACKET_BYTES_MAX = 65_536
+"""The largest packet on the lease socket, either way: a third of what the kernel lets through."""
+
+_SOCKET_FILES = {"infer": "edged.sock", "admin": "admin.sock", "lease": "lease.sock"}
 _TEXT_MAX = 128
 """How much of a client's own text an error repeats."""
 
@@ -88,6 +108,7 @@ class _Id(msgspec.Struct):
 
 
 _decoder = msgspec.msgpack.Decoder(Request)
+_lane_decoder = msgspec.msgpack.Decoder(LaneRequest)
 _id_decoder = msgspec.msgpack.Decoder(_Id)
 _raw_decoder = msgspec.msgpack.Decoder(msgspec.Raw)
 _encoder = msgspec.msgpack.Encoder()
@@ -168,7 +189,7 @@ def _check_request(request: Request, frame_bytes: Sequence[int], socket: str, li
         )
     if home not in ("both", socket):
         raise Unimplemented(
-            f"method '{request.method}' belongs to {'edged.sock' if home == 'infer' else 'admin.sock'}",
+            f"method '{request.method}' belongs to {_SOCKET_FILES[home]}",
             reason="WRONG_SOCKET",
         )
     if request.must_understand:
@@ -189,11 +210,15 @@ def _check_request(request: Request, frame_bytes: Sequence[int], socket: str, li
 
 def _check_must_understand(request: Request) -> None:
     for key in request.must_understand:
-        if key not in _HEADER_KEYS and key not in _PARAMETERS:
-            raise Unimplemented(
-                f"the request must not be served without '{cut(key)}', which this daemon does not know",
-                reason="MUST_UNDERSTAND",
-            )
+        if key not in _HEADER_KEYS and key not in _PARAMETERS and key not in _REGION_KEYS:
+            raise _not_understood(key)
+
+
+def _not_understood(key: str) -> Unimplemented:
+    return Unimplemented(
+        f"the request must not be served without '{cut(key)}', which this daemon does not know",
+        reason="MUST_UNDERSTAND",
+    )
 
 
 def _check_tensors(inputs: list[InputTensor], frame_bytes: Sequence[int], limits: WireLimits) -> None:
@@ -215,11 +240,12 @@ def _check_tensors(inputs: list[InputTensor], frame_bytes: Sequence[int], limits
                 reason="BAD_SHAPE",
             )
         if tensor.parameters and not _REGION_KEYS.isdisjoint(tensor.parameters):
-            raise Unimplemented(
-                f"input '{cut(tensor.name)}': shared-memory regions are not served by this version; "
-                "send the tensor as a frame",
-                reason="NO_LEASES",
-            )
+            if tensor.data is not None or tensor.frame is not None:
+                raise InvalidArgument(
+                    f"input '{cut(tensor.name)}' has a region and data or a frame; send one of them",
+                    reason="BAD_DATA",
+                )
+            continue
         if tensor.frame is None:
             continue
         if tensor.data is not None:
@@ -276,6 +302,89 @@ def input_data(tensor: InputTensor, frames: Sequence[memoryview]) -> TensorData:
     return TensorData(name, datatype, shape, raw)
 
 
+def region_reference(parameters: Mapping[str, Any] | None, what: str) -> RegionReference | None:
+    """The piece of leased memory that a tensor's parameters name; None when they name none.
+
+    Raises InvalidArgument, in which `what` tells whose parameters they are.
+    """
+    if not parameters or _REGION_KEYS.isdisjoint(parameters):
+        return None
+    name = parameters.get(_REGION)
+    if not isinstance(name, str):
+        raise InvalidArgument(f"{what}: {_REGION} must be the name of a region", reason="BAD_REGION")
+    offset: Any = parameters.get(_OFFSET, 0)
+    nbytes: Any = parameters.get(_BYTE_SIZE)
+    for key, value in ((_OFFSET, offset), (_BYTE_SIZE, nbytes)):
+        if type(value) is not int or not 0 <= value < 2**63:
+            raise InvalidArgument(f"{what}: {key} must be an int from 0", reason="BAD_REGION")
+    return RegionReference(name, offset, nbytes)
+
+
+def leased_input(tensor: InputTensor, part: RegionPart) -> TensorData:
+    """An input that lies in leased memory; its size is checked, its bytes are the worker's to look at.
+
+    Raises InvalidArgument.
+    """
+    name, datatype, shape = tensor.name, tensor.datatype, tensor.shape
+    if datatype in ITEM_BYTES:
+        want = tensor_nbytes(cut(name), datatype, shape)
+        if part.nbytes != want:
+            raise InvalidArgument(
+                f"input '{cut(name)}': expected {want} bytes for {datatype} {shape_text(shape)}, "
+                f"{_BYTE_SIZE} says {part.nbytes}",
+                reason="BAD_SIZE",
+            )
+    else:
+        element_count(cut(name), shape)
+    return TensorData(name, datatype, shape, b"", part)
+
+
+def decode_lane_request(packet: bytes | memoryview, *, truncated: bool) -> LaneRequest:
+    """The request in a packet of the lease socket; `truncated` when it was larger than may be.
+
+    Raises WireError, and nothing else.
+    """
+    if truncated:
+        error: EdgedError = ResourceExhausted(
+            f"a packet has at most {LANE_PACKET_BYTES_MAX} bytes; large tensors belong into a region",
+            reason="HEADER_TOO_LARGE",
+        )
+        raise WireError(error, None)
+    try:
+        request = _lane_decoder.decode(packet)
+    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
+        text = str(e) if isinstance(e, msgspec.MsgspecError) else "nested too deeply or not UTF-8"
+        error = InvalidArgument(f"the packet is not a request: {cut(text)}", reason="BAD_HEADER")
+        raise WireError(error, _salvage_id(packet)) from None
+    if not _id_ok(request.id):
+        error = InvalidArgument("id must be a string of at most 256 characters or an int", reason="BAD_ID")
+        raise WireError(error, None)
+    try:
+        _check_lane_request(request)
+    except EdgedError as e:
+        raise WireError(e, request.id) from None
+    return request
+
+
+def _check_lane_request(request: LaneRequest) -> None:
+    if request.v not in PROTOCOL_VERSIONS:
+        raise Unimplemented(f"protocol version {request.v} is not spoken here", reason="PROTOCOL_VERSION")
+    for key in request.must_understand:
+        if key not in _LANE_KEYS:
+            raise _not_understood(key)
+    home = METHODS.get(request.method)
+    if home != "lease":
+        raise Unimplemented(
+            f"method '{cut(request.method)}' is not served on lease.sock, which knows "
+            "lease_acquire and lease_release",
+            reason="UNKNOWN_METHOD" if home is None else "WRONG_SOCKET",
+        )
+    if request.method == "lease_acquire" and request.byte_size is None:
+        raise InvalidArgument("lease_acquire needs byte_size", reason="BAD_HEADER")
+    if request.method == "lease_release" and request.region is None:
+        raise InvalidArgument("lease_release needs region", reason="BAD_HEADER")
+
+
 def timing_parameters(request: Request) -> tuple[float | None, float | None, int]:
     """`(timeout_s, deadline_s, priority)` of a request; `deadline_s` is on CLOCK_MONOTONIC.
 
@@ -303,12 +412,16 @@ def unknown_parameters(request: Request) -> list[str]:
     for tensor in request.inputs:
         if tensor.parameters:
             found.extend(
-                f"parameter '{cut(k)}' of input '{cut(tensor.name)}' was ignored" for k in tensor.parameters
+                f"parameter '{cut(k)}' of input '{cut(tensor.name)}' was ignored"
+                for k in tensor.parameters
+                if k not in _REGION_KEYS
             )
     for ref in request.outputs or ():
         if ref.parameters:
             found.extend(
-                f"parameter '{cut(k)}' of output '{cut(ref.name)}' was ignored" for k in ref.parameters
+                f"parameter '{cut(k)}' of output '{cut(ref.name)}' was ignored"
+                for k in ref.parameters
+                if k not in _REGION_KEYS
             )
     return found[:16]
 
@@ -323,9 +436,17 @@ Output = tuple[str, str, Sequence[int] | None, Any]
 
 
 def encode_infer_reply(
-    request_id: RequestId, name: str, version: str, outputs: Sequence[Output], parameters: dict[str, Any]
+    request_id: RequestId,
+    name: str,
+    version: str,
+    outputs: Sequence[Output],
+    parameters: dict[str, Any],
+    landed: Mapping[str, RegionPart] | None = None,
 ) -> list[bytes | memoryview]:
-    """The frames of an inference's reply: small outputs inline, large ones in frames behind the header."""
+    """The frames of an inference's reply: small outputs inline, large ones in frames behind the header.
+
+    `landed` are the outputs that the worker has put into leased memory, and where.
+    """
     listed: list[dict[str, Any]] = []
     frames: list[bytes | memoryview] = [b""]
     inline = 0
@@ -333,6 +454,11 @@ def encode_infer_reply(
         if shape is None:
             # It is looked through, and not taken apart: 300,000 maps would be seconds.
             listed.append({"name": out_name, "datatype": datatype, "data": _raw_decoder.decode(content)})
+            continue
+        if landed is not None and out_name in landed:
+            part = landed[out_name]
+            where = {_REGION: part.name, _OFFSET: part.offset, _BYTE_SIZE: part.nbytes}
+            listed.append({"name": out_name, "datatype": datatype, "shape": shape, "parameters": where})
             continue
         size = len(content)
         if size <= INLINE_BYTES_MAX and inline + size <= _INLINE_TOTAL_MAX:

@@ -16,6 +16,7 @@ import ctypes
 import errno
 import gc
 import json
+import mmap
 import os
 import resource
 import select
@@ -34,8 +35,8 @@ import msgpack
 import numpy as np
 
 from edged import agreement, arrays
-from edged.arena import SlotMap, aligned
-from edged.errors import Code, EdgedError
+from edged.arena import ALIGN_BYTES, SlotMap, aligned
+from edged.errors import Code, EdgedError, Internal, InvalidArgument
 from edged.runtimes.base import (
     DTYPES,
     LoadCancel,
@@ -72,6 +73,14 @@ OOM_SCORE = 500
 SPIN_S = 600e-6
 """How long the next request is looked for without sleeping, while they come that fast one after the other."""
 
+REGION_WAIT_S = 2.0
+"""How long a run waits for a region that the control thread has not been given yet: the two have sockets of
+their own, and whichever is read first."""
+
+IN_PLACE = frozenset({"FP16", "BF16", "FP32", "FP64"})
+"""What is read where the client can change it. A float is never an index; an integer may be, and one that
+changes between a runtime's check and its use reads beyond the tensor."""
+
 EXIT_FATAL = 70
 """The device failed under the process (EX_SOFTWARE): the supervisor starts another."""
 
@@ -106,6 +115,8 @@ class Worker:
         self._control = control
         self._runtimes: dict[str, Runtime] = dict(runtimes or {})
         self._slots = SlotMap()
+        self._regions: dict[int, mmap.mmap] = {}
+        self._region_came = threading.Condition()  # only for a run that is ahead of its region
         self._models: dict[int, _Loaded] = {}
         self._loads: dict[int, LoadCancel] = {}
         self._running: int | None = None
@@ -141,6 +152,7 @@ class Worker:
             replied_s = time.monotonic()
 
     def _run(self, packet: list[Any]) -> list[Any]:
+        into = packet.pop() if len(packet) == 7 else None
         _, run_id, instance, slot, inputs, wanted = packet
         self._running = run_id
         model: Model | None = None
@@ -149,9 +161,11 @@ class Worker:
             self._running_model = model = loaded.model
             if self._cancelled and run_id in self._cancelled:
                 return ["failed", run_id, slot, "CANCELLED", "CANCELLED", "the request was cancelled"]
+            feeds: dict[str, Any] = {}
+            if into is not None:
+                inputs[:] = self._leased_feeds(feeds, inputs)
             end = max([offset + nbytes for _, _, _, offset, nbytes in inputs], default=0)
             buffer = self._slots.buffer(slot, end)
-            feeds = {}
             for name, datatype, shape, offset, nbytes in inputs:
                 dtype = DTYPES.get(datatype)
                 if dtype is not None:
@@ -162,21 +176,77 @@ class Worker:
             began_ns = time.perf_counter_ns()
             values = model.run(feeds, names)
             compute_ns = time.perf_counter_ns() - began_ns
-            return ["done", run_id, slot, self._write(slot, end, loaded, names, values), compute_ns]
+            return ["done", run_id, slot, self._write(slot, end, loaded, names, values, into), compute_ns]
         except Exception as e:  # noqa: BLE001 - the worker's edge: whatever a run raises becomes its answer
             return self._failed(run_id, instance, slot, e)
         finally:
             self._running = self._running_model = None
+            if into is not None and model is not None:
+                model.forget_inputs()
             if self._cancelled:
                 self._cancelled.pop(run_id, None)
 
+    def _leased_feeds(self, feeds: dict[str, Any], inputs: Sequence[list[Any]]) -> list[list[Any]]:
+        """Feeds what lies in leased memory; returns the other inputs.
+
+        The client can write while the model runs. So only what cannot mislead a runtime is read in place, and
+        only where it is aligned as the runtimes want it; the rest is copied first and then looked at.
+        """
+        others: list[list[Any]] = []
+        for row in inputs:
+            if len(row) == 5:
+                others.append(row)
+                continue
+            name, datatype, shape, offset, nbytes, region = row
+            buffer = self._region(region)
+            dtype = DTYPES.get(datatype)
+            if dtype is None:
+                feeds[name] = arrays.from_raw(datatype, shape, buffer[offset : offset + nbytes])
+                continue
+            array = np.ndarray(shape, dtype, buffer, offset)
+            if datatype not in IN_PLACE or offset % ALIGN_BYTES:
+                array = array.copy()
+            if datatype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
+                raise InvalidArgument(f"input '{name}': a BOOL byte is 0 or 1", reason="BAD_DATA")
+            feeds[name] = array
+        return others
+
+    def _region(self, region: int) -> mmap.mmap:
+        """A region's mapping, of which the control thread may be about to hear."""
+        found = self._regions.get(region)
+        if found is None:
+            with self._region_came:
+                self._region_came.wait_for(lambda: region in self._regions, REGION_WAIT_S)
+            found = self._regions.get(region)
+        if found is None:
+            raise Internal("the leased memory could not be mapped by the worker", reason="REGION_NOT_MAPPED")
+        return found
+
+    def _add_region(self, region: int, fd: int) -> None:
+        try:
+            mapped = mmap.mmap(fd, os.fstat(fd).st_size)
+        except OSError:
+            return  # no address space: the run that needs it says so, the worker goes on
+        finally:
+            os.close(fd)
+        with self._region_came:
+            self._regions[region] = mapped
+            self._region_came.notify_all()
+
     def _write(
-        self, slot: int, end: int, loaded: _Loaded, names: Sequence[str], values: Sequence[Any]
+        self,
+        slot: int,
+        end: int,
+        loaded: _Loaded,
+        names: Sequence[str],
+        values: Sequence[Any],
+        into: Mapping[str, list[int]] | None,
     ) -> list[list[Any]]:
-        """Puts the outputs behind the inputs and says where they lie."""
+        """Puts the outputs behind the inputs, or where `into` says, and tells where they lie."""
         placed: list[list[Any]] = []
         writes: list[tuple[int, Any]] = []
         at = end
+        landings: list[tuple[mmap.mmap, int, Any]] = []
         for name, value in zip(names, values):  # noqa: B905 - strict= is Python 3.10's, and costs on the hot path
             if not isinstance(value, np.ndarray) or name in loaded.optional_outputs:
                 if isinstance(value, np.generic):
@@ -191,6 +261,19 @@ class Worker:
             if DTYPES.get(datatype) != value.dtype or not value.flags.c_contiguous:
                 datatype, _, raw = arrays.to_raw(value)
             nbytes = raw.nbytes if isinstance(raw, (np.ndarray, memoryview)) else len(raw)
+            if into is not None and name in into:
+                region, offset, bytes_max = into[name]
+                if nbytes > bytes_max:
+                    raise InvalidArgument(
+                        f"output '{name}' has {nbytes} bytes, the place for it {bytes_max}; "
+                        "name a larger piece of the region",
+                        reason="OUTPUT_DOES_NOT_FIT",
+                    )
+                # The supervisor knows the place; the client's memory is none to be told an offset of.
+                placed.append([name, datatype, value.shape, 0, nbytes])
+                if nbytes:
+                    landings.append((self._region(region), offset, raw))
+                continue
             at = aligned(at)
             placed.append([name, datatype, value.shape, at, nbytes])
             if nbytes:
@@ -203,6 +286,9 @@ class Worker:
                     buffer[offset : offset + raw.nbytes] = raw.data
                 else:
                     buffer[offset : offset + len(raw)] = raw
+        for buffer, offset, raw in landings:
+            nbytes = raw.nbytes if isinstance(raw, (np.ndarray, memoryview)) else len(raw)
+            buffer[offset : offset + nbytes] = raw.data if isinstance(raw, np.ndarray) else raw
         return placed
 
     def _large_reply(self, reply: list[Any], raw: bytes, inputs: list[Any]) -> list[Any]:
@@ -264,6 +350,10 @@ class Worker:
         kind = packet[0]
         if kind == "slot":
             self._slots.add(packet[1], fds.pop())
+        elif kind == "region":
+            self._add_region(packet[1], fds.pop())
+        elif kind == "region_gone":
+            self._regions.pop(packet[1], None)  # unmapped with the last array that is still on it
         elif kind == "load":
             self._loads[packet[1]] = cancel = LoadCancel()
             self._start(self._load, packet[1], packet[2], cancel)

@@ -152,6 +152,10 @@ class Model(Protocol):
         """
         ...
 
+    def forget_inputs(self) -> None:
+        """Lets go of the last run's inputs: the memory under them is not the worker's."""
+        ...
+
     def cancel(self) -> None:
         """Ends the run that is going on, if there is one: it raises RunFailed with CANCELLED."""
         ...

@@ -114,6 +114,9 @@ class _OnnxModel:
         except Exception as e:
             raise self._run_failed(e, options) from e
 
+    def forget_inputs(self) -> None:
+        return  # it keeps none
+
     def cancel(self) -> None:
         self._options.terminate = True
 

@@ -13,6 +13,7 @@ cannot be interrupted from within; whoever must end one ends the worker. Runs on
 
 from __future__ import annotations
 
+import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -110,6 +111,13 @@ class _OpenVinoModel:
             return [self._output(name) for name in output_names]
         except Exception as e:
             raise self._run_failed(e) from e
+
+    def forget_inputs(self) -> None:
+        # The request keeps the last tensors, and with them the memory under them.
+        for at in range(len(self.inputs)):
+            with contextlib.suppress(RuntimeError):  # an input of free shape that never was set has no tensor
+                last = self._request.get_input_tensor(at)
+                self._request.set_input_tensor(at, ov.Tensor(last.element_type, last.shape))
 
     def cancel(self) -> None:
         self._cancelled = True
