@@ -31,6 +31,7 @@ if TYPE_CHECKING:
         Unavailable,
         Unimplemented,
     )
+    from edged.lease import Lease
     from edged.session import InferenceSession
 
 __all__ = [
@@ -46,6 +47,7 @@ __all__ = [
     "InferenceSession",
     "Internal",
     "InvalidArgument",
+    "Lease",
     "NotFound",
     "PendingResult",
     "PermissionDenied",
@@ -61,6 +63,7 @@ _ELSEWHERE = {
     "Client": "edged.client",
     "InferResult": "edged.client",
     "InferenceSession": "edged.session",
+    "Lease": "edged.lease",
     "PendingResult": "edged.client",
     "RawTensor": "edged.arrays",
 }

@@ -10,18 +10,20 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from edged.arrays import Array
 from edged.clientwire import (
     ADMIN_SOCKET,
     EVENTS_SOCKET,
     INFER_SOCKET,
+    InferPlan,
     InferResult,
     Request,
     answer,
-    infer_request,
+    knows_region,
     needs_metadata,
     question,
     read_infer,
@@ -29,6 +31,7 @@ from edged.clientwire import (
     typed_inputs,
 )
 from edged.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from edged.lease import Buffer, Lease, Leases
 from edged.link import (
     FULL_POLL_S,
     RETURN_POLL_S,
@@ -43,6 +46,9 @@ from edged.link import (
 
 __all__ = ["AsyncClient", "AsyncEventStream"]
 
+_Prepare = Callable[[Link], Coroutine[Any, Any, Request]]
+"""Makes the request for one link; made anew for the next."""
+
 
 class AsyncClient:
     """Asks one edged daemon from asyncio; arguments, results and errors are Client's.
@@ -54,6 +60,7 @@ class AsyncClient:
         self._endpoint = endpoint
         self._timeout_s = timeout_seconds(timeout)
         self._links: dict[str, _LoopLink] = {}
+        self._leases = Leases()
         self._connecting: dict[str, asyncio.Task[_LoopLink]] = {}
         self._closed = False
 
@@ -64,6 +71,7 @@ class AsyncClient:
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
+        out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
     ) -> InferResult:
@@ -72,8 +80,28 @@ class AsyncClient:
         until = time.monotonic() + timeout_s
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, await self.model_metadata(model, version, timeout=timeout_s))
-        request = infer_request(model, inputs, version=version, outputs=outputs, priority=priority)
-        return read_infer(*await self._exchange(INFER_SOCKET, request, until, resend=True))
+        plan = InferPlan(
+            model,
+            inputs,
+            version=version,
+            outputs=outputs,
+            priority=priority,
+            out=out,
+            locate=self._leases.locate,
+        )
+
+        async def prepare(link: Link) -> Request:
+            self._leases.check(plan.memories)
+            buffer = await self._buffer(link.path, plan.shared_bytes, until) if plan.shared_bytes else None
+            return plan.request() if buffer is None else plan.request(buffer.memory, buffer.release)
+
+        header, frames = await self._exchange(INFER_SOCKET, prepare, until, resend=True)
+        if not knows_region(header):
+            # Another daemon than the one that lent the buffer: once more, without. The app's leases are lost.
+            self._leases.reset()
+            plan.shared_bytes = 0
+            header, frames = await self._exchange(INFER_SOCKET, prepare, until, resend=True)
+        return read_infer(header, frames, plan.places)
 
     def submit(
         self,
@@ -82,14 +110,22 @@ class AsyncClient:
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
+        out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
     ) -> asyncio.Task[InferResult]:
         """`infer` as a task, for several in flight; cancelling the task withdraws the request."""
         call: Coroutine[Any, Any, InferResult] = self.infer(
-            model, inputs, version=version, outputs=outputs, timeout=timeout, priority=priority
+            model, inputs, version=version, outputs=outputs, out=out, timeout=timeout, priority=priority
         )
         return asyncio.get_running_loop().create_task(call)
+
+    async def lease(self, nbytes: int, *, timeout: float | None = None) -> Lease:
+        """As Client.lease; a Lease is a plain context manager: `with await client.lease(n) as lease`."""
+        until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
+        loop = asyncio.get_running_loop()
+        link = (await self._open(loop, INFER_SOCKET, until, None)).link
+        return await loop.run_in_executor(None, self._leases.lease, link.path, nbytes, until)
 
     async def server_live(self, *, timeout: float | None = None) -> bool:
         """Whether a daemon answers; False where none is."""
@@ -160,6 +196,7 @@ class AsyncClient:
         links, self._links = self._links, {}
         for link in links.values():
             link.close()
+        self._leases.close()
 
     async def __aenter__(self) -> AsyncClient:
         return self
@@ -181,16 +218,33 @@ class AsyncClient:
     ) -> dict[str, Any]:
         until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
         request = question(method, name, version, fields or {})
-        header, _ = await self._exchange(socket, request, until, resend=socket == INFER_SOCKET)
+
+        async def prepare(_: Link) -> Request:
+            return request
+
+        header, _ = await self._exchange(socket, prepare, until, resend=socket == INFER_SOCKET)
         return answer(header)
 
+    async def _buffer(self, path: str, nbytes: int, until: float) -> Buffer | None:
+        """A buffer of the pool; asking the daemon for more must not hold up the loop."""
+        buffer = self._leases.take(path, nbytes, until, grow=False)
+        if buffer is not None or not self._leases.may_grow():
+            return buffer
+        loop = asyncio.get_running_loop()
+        asked = loop.run_in_executor(None, self._leases.take, path, nbytes, until)
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            asked.add_done_callback(_give_back)
+            raise
+
     async def _exchange(
-        self, socket: str, request: Request, until: float, *, resend: bool
+        self, socket: str, prepare: _Prepare, until: float, *, resend: bool
     ) -> tuple[dict[str, Any], Sequence[Any]]:
         """The reply's header and frames; sends once more after a lost connection, if `resend`."""
         return_until: float | None = None
         while True:
-            link, pending = await self._post_and_wait(socket, request, until, return_until)
+            link, pending = await self._post_and_wait(socket, prepare, until, return_until)
             if pending.lost and resend and not self._closed and time.monotonic() < until:
                 resend = False
                 return_until = min(until, time.monotonic() + RETURN_S_MAX)
@@ -198,7 +252,7 @@ class AsyncClient:
             return pending.reply(link.path), pending.frames
 
     async def _post_and_wait(
-        self, socket: str, request: Request, until: float, return_until: float | None
+        self, socket: str, prepare: _Prepare, until: float, return_until: float | None
     ) -> tuple[Link, Pending]:
         loop = asyncio.get_running_loop()
         settled: asyncio.Future[None] = loop.create_future()
@@ -208,17 +262,20 @@ class AsyncClient:
                 settled.set_result(None)
 
         pending = Pending(wake)
-        while True:
-            holder = self._links.get(socket)
-            if holder is None or holder.loop is not loop or holder.link.state is not LinkState.OPEN:
-                holder = await self._connected(loop, socket, until, return_until)
-            link = holder.link
-            if link.post(request, pending, timeout_us(until)):
-                break
-            if link.state is LinkState.OPEN:
-                if time.monotonic() >= until:
-                    raise DeadlineExceeded(f"{link.path} takes no more requests", reason="SOCKET_FULL")
-                await asyncio.sleep(FULL_POLL_S)
+        posted = False
+        while not posted:
+            link = (await self._open(loop, socket, until, return_until)).link
+            request = await prepare(link)
+            try:
+                while not (posted := link.post(request, pending, timeout_us(until))):
+                    if link.state is not LinkState.OPEN:
+                        break
+                    if time.monotonic() >= until:
+                        raise DeadlineExceeded(f"{link.path} takes no more requests", reason="SOCKET_FULL")
+                    await asyncio.sleep(FULL_POLL_S)
+            finally:
+                if not posted and request.release is not None:
+                    request.release(True)
         timer = loop.call_later(until - time.monotonic(), wake)
         try:
             await settled
@@ -229,6 +286,14 @@ class AsyncClient:
             timer.cancel()
             link.forget(pending)
         return link, pending
+
+    async def _open(
+        self, loop: asyncio.AbstractEventLoop, socket: str, until: float, return_until: float | None
+    ) -> _LoopLink:
+        holder = self._links.get(socket)
+        if holder is None or holder.loop is not loop or holder.link.state is not LinkState.OPEN:
+            return await self._connected(loop, socket, until, return_until)
+        return holder
 
     async def _connected(
         self, loop: asyncio.AbstractEventLoop, socket: str, until: float, return_until: float | None
@@ -333,6 +398,13 @@ class _LoopLink:
             for fd in self.link.fds:
                 self.loop.remove_reader(fd)
         self._watched = False
+
+
+def _give_back(taken: asyncio.Future[Buffer | None]) -> None:
+    """Of a buffer that came too late for its request."""
+    buffer = None if taken.cancelled() else taken.result()
+    if buffer is not None:
+        buffer.release(True)
 
 
 async def _readable(fds: Sequence[int], timeout_s: float | None) -> None:

@@ -1,8 +1,8 @@
 """Client: how an app asks the daemon. `asyncclient` has the same for event loops.
 
 Both are shells around the same parts: `clientwire` says what is sent and what a reply means, `link` is one
-connection. What is decided here is when: deadlines, connecting anew after the daemon restarted, and sending
-what has no side effects once more when its connection was lost.
+connection, `lease` the memory shared with the daemon. What is decided here is when: deadlines, connecting
+anew after the daemon restarted, and sending what has no side effects once more when its connection was lost.
 
 A Client may be used by any number of threads at once, and survives a fork: the child connects anew.
 """
@@ -12,18 +12,21 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+from edged.arrays import Array
 from edged.clientwire import (
     ADMIN_SOCKET,
     EVENTS_SOCKET,
     INFER_SOCKET,
+    InferPlan,
     InferResult,
+    Place,
     Request,
     answer,
-    infer_request,
+    knows_region,
     needs_metadata,
     question,
     read_infer,
@@ -31,6 +34,7 @@ from edged.clientwire import (
     typed_inputs,
 )
 from edged.errors import DeadlineExceeded, FailedPrecondition, Unavailable
+from edged.lease import Lease, Leases
 from edged.link import (
     FULL_POLL_S,
     RETURN_POLL_S,
@@ -49,10 +53,14 @@ __all__ = ["Client", "EventStream", "InferResult", "PendingResult"]
 class PendingResult:
     """An inference in flight, from `Client.submit`."""
 
-    def __init__(self, link: Link, pending: Pending, until: float) -> None:
+    def __init__(
+        self, link: Link, pending: Pending, until: float, places: Mapping[str, Place], leases: Leases
+    ) -> None:
         self._link = link
         self._pending = pending
         self._until = until
+        self._places = places
+        self._leases = leases
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
@@ -70,7 +78,10 @@ class PendingResult:
             if until < self._until:
                 raise TimeoutError(f"no answer within {timeout} s; the request is still in flight")
             self._link.forget(self._pending)
-        return read_infer(self._pending.reply(self._link.path), self._pending.frames)
+        header = self._pending.reply(self._link.path)
+        if not knows_region(header):
+            self._leases.reset()
+        return read_infer(header, self._pending.frames, self._places)
 
     def cancel(self) -> None:
         """Asks the daemon to withdraw the request; `result` then raises Cancelled, unless it was too late."""
@@ -90,6 +101,7 @@ class Client:
         self._endpoint = endpoint
         self._timeout_s = timeout_seconds(timeout)
         self._links: dict[str, Link] = {}
+        self._leases = Leases()
         self._connecting = threading.Lock()
         self._closed = False
 
@@ -100,6 +112,7 @@ class Client:
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
+        out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
     ) -> InferResult:
@@ -108,13 +121,33 @@ class Client:
         Arrays are sent with the dtype they have; lists and Python scalars as the model declares (one more
         question to the daemon); strings as BYTES. `outputs` names those wanted, None is all. `priority` is
         1 (highest) to 9. Large arrays are sent from where they lie: leave them alone until this returns.
+
+        An array that lies in a lease (see `lease`) is not sent at all: the daemon reads it there. `out` maps
+        names of outputs to arrays in leases for them to land in: the result then has views of those, with the
+        outputs' real shapes. Without `outputs`, those in `out` are all that is returned. When this raises
+        DeadlineExceeded or Cancelled the run may still write to them: take another lease then.
         """
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
-        request = infer_request(model, inputs, version=version, outputs=outputs, priority=priority)
-        return read_infer(*self._exchange(INFER_SOCKET, request, until, resend=True))
+        plan = InferPlan(
+            model,
+            inputs,
+            version=version,
+            outputs=outputs,
+            priority=priority,
+            out=out,
+            locate=self._leases.locate,
+        )
+        prepare = self._preparing(plan, until)
+        header, frames = self._exchange(INFER_SOCKET, prepare, until, resend=True)
+        if not knows_region(header):
+            # Another daemon than the one that lent the buffer: once more, without. The app's leases are lost.
+            self._leases.reset()
+            plan.shared_bytes = 0
+            header, frames = self._exchange(INFER_SOCKET, prepare, until, resend=True)
+        return read_infer(header, frames, plan.places)
 
     def submit(
         self,
@@ -123,22 +156,45 @@ class Client:
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
+        out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
     ) -> PendingResult:
         """Like `infer`, but returns at once; for several inferences in flight from one thread.
 
-        Inputs are copied. A request whose connection is lost is not sent again: `result` raises Unavailable.
+        Inputs are copied, except those that lie in a lease: leave these alone until the result is there. A
+        request whose connection is lost is not sent again: `result` raises Unavailable.
         """
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
-        request = infer_request(model, inputs, version=version, outputs=outputs, priority=priority)
-        request.frames = [bytes(frame) for frame in request.frames]
+        plan = InferPlan(
+            model,
+            inputs,
+            version=version,
+            outputs=outputs,
+            priority=priority,
+            out=out,
+            locate=self._leases.locate,
+        )
         pending = Pending()
-        link = self._post(INFER_SOCKET, request, pending, until)
-        return PendingResult(link, pending, until)
+        link = self._post(INFER_SOCKET, self._preparing(plan, until, copies=True), pending, until)
+        return PendingResult(link, pending, until, plan.places, self._leases)
+
+    def lease(self, nbytes: int, *, timeout: float | None = None) -> Lease:
+        """Memory shared with the daemon, for arrays that then need not be sent; see Lease.
+
+        An app that makes its tensors in a lease saves the copies. One that does not need not care: large
+        arrays go through leases of the client's own where that is faster.
+        Raises Unimplemented when the daemon has none, ResourceExhausted (LEASE_QUOTA) when this user's are
+        used up.
+        """
+        until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
+        link = self._links.get(INFER_SOCKET)
+        if link is None or link.state is not LinkState.OPEN:
+            link = self._connect(INFER_SOCKET, until, None)
+        return self._leases.lease(link.path, nbytes, until)
 
     def server_live(self, *, timeout: float | None = None) -> bool:
         """Whether a daemon answers; False where none is."""
@@ -208,6 +264,7 @@ class Client:
             links, self._links = self._links, {}
         for link in links.values():
             link.close()
+        self._leases.close()
 
     def __enter__(self) -> Client:
         return self
@@ -238,17 +295,35 @@ class Client:
     ) -> dict[str, Any]:
         until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
         request = question(method, name, version, fields or {})
-        header, _ = self._exchange(socket, request, until, resend=socket == INFER_SOCKET)
+        header, _ = self._exchange(socket, lambda _: request, until, resend=socket == INFER_SOCKET)
         return answer(header)
 
+    def _preparing(self, plan: InferPlan, until: float, *, copies: bool = False) -> Callable[[Link], Request]:
+        """Makes the request of a plan for one link; with `copies` nothing in it is the caller's memory."""
+
+        def prepare(link: Link) -> Request:
+            self._leases.check(plan.memories)
+            request: Request | None = None
+            if plan.shared_bytes:
+                buffer = self._leases.take(link.path, plan.shared_bytes, until)
+                if buffer is not None:
+                    request = plan.request(buffer.memory, buffer.release)
+            if request is None:
+                request = plan.request()
+            if copies:
+                request.frames = [bytes(frame) for frame in request.frames]
+            return request
+
+        return prepare
+
     def _exchange(
-        self, socket: str, request: Request, until: float, *, resend: bool
+        self, socket: str, prepare: Callable[[Link], Request], until: float, *, resend: bool
     ) -> tuple[dict[str, Any], Sequence[Any]]:
         """The reply's header and frames; sends once more after a lost connection, if `resend`."""
         return_until: float | None = None
         while True:
             pending = Pending()
-            link = self._post(socket, request, pending, until, return_until)
+            link = self._post(socket, prepare, pending, until, return_until)
             if not link.wait(pending, until):
                 link.forget(pending)
             if pending.lost and resend and not self._closed and time.monotonic() < until:
@@ -258,19 +333,32 @@ class Client:
             return pending.reply(link.path), pending.frames
 
     def _post(
-        self, socket: str, request: Request, pending: Pending, until: float, return_until: float | None = None
+        self,
+        socket: str,
+        prepare: Callable[[Link], Request],
+        pending: Pending,
+        until: float,
+        return_until: float | None = None,
     ) -> Link:
         """Sends over the open link or a new one; waits while the socket is full, or the daemon away."""
         while True:
             link = self._links.get(socket)
             if link is None or link.state is not LinkState.OPEN:
                 link = self._connect(socket, until, return_until)
-            if link.post(request, pending, timeout_us(until)):
+            request = prepare(link)
+            posted = False
+            try:
+                while not (posted := link.post(request, pending, timeout_us(until))):
+                    if link.state is not LinkState.OPEN:
+                        break
+                    if time.monotonic() >= until:
+                        raise DeadlineExceeded(f"{link.path} takes no more requests", reason="SOCKET_FULL")
+                    time.sleep(FULL_POLL_S)
+            finally:
+                if not posted and request.release is not None:
+                    request.release(True)
+            if posted:
                 return link
-            if link.state is LinkState.OPEN:
-                if time.monotonic() >= until:
-                    raise DeadlineExceeded(f"{link.path} takes no more requests", reason="SOCKET_FULL")
-                time.sleep(FULL_POLL_S)
 
     def _connect(self, socket: str, until: float, return_until: float | None) -> Link:
         with self._connecting:

@@ -1,15 +1,16 @@
 """What a client puts into a request and takes out of a reply: pure, for both kinds of client.
 
-Owns the client's half of the protocol's form: which tensor goes inline and which becomes a frame, what a
+Owns the client's half of the protocol's form: which tensor goes inline, by lease or as a frame, what a
 reply's header means, where the daemon's sockets lie. It never touches a socket: `link` carries the
-frames, `client` decides when.
+frames, `lease` has the shared memory, `client` decides when.
 """
 
 from __future__ import annotations
 
+import functools
 import os
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -18,22 +19,27 @@ from edged.arrays import (
     Array,
     Buffer,
     RawTensor,
+    datatype_of,
     dtype_of,
     from_raw,
     to_raw,
     value_from_wire,
 )
-from edged.errors import EdgedError, Internal, InvalidArgument, error_from_wire
+from edged.errors import EdgedError, Internal, InvalidArgument, Unavailable, error_from_wire
 
 __all__ = [
     "ADMIN_SOCKET",
     "EVENTS_SOCKET",
     "HEADER_BYTES_MAX",
     "INFER_SOCKET",
+    "InferPlan",
     "InferResult",
+    "Memory",
+    "Place",
     "Request",
     "answer",
     "infer_request",
+    "knows_region",
     "needs_metadata",
     "question",
     "read_infer",
@@ -53,6 +59,12 @@ _INLINE_BYTES_MAX = 16 * 1024
 _INLINE_TOTAL_BYTES_MAX = 56 * 1024
 """Inline bytes of all inputs together, so that names and shapes still fit into the header."""
 
+_SHARED_BYTES_MIN = 256 * 1024
+"""From this size on a copy into a lease beats a frame."""
+
+_ALIGNMENT = 64
+"""A tensor in a buffer begins on a cache line, as runtimes want it."""
+
 _TIMEOUT_S_MAX = 1e6
 """Eleven days: poll(2) counts milliseconds in an int."""
 
@@ -61,14 +73,51 @@ _SOCKET_PATH_BYTES_MAX = 107
 
 
 class Request:
-    """One request before it has an id: the header's map, and the frames that follow it."""
+    """One request before it has an id: the header's map, and the frames that follow it.
 
-    __slots__ = ("frames", "header", "parameters")
+    `release`, where there is one, is called once when the request's memory is its own no more: with True
+    when nobody reads it any longer, with False when the daemon may still do so.
+    """
 
-    def __init__(self, header: dict[str, Any], frames: Sequence[Buffer] = ()) -> None:
+    __slots__ = ("frames", "header", "parameters", "release")
+
+    def __init__(
+        self,
+        header: dict[str, Any],
+        frames: Sequence[Buffer] = (),
+        release: Callable[[bool], None] | None = None,
+    ) -> None:
         self.header = header
         self.parameters: dict[str, Any] | None = header.get("parameters")
         self.frames = frames
+        self.release = release
+
+
+class Memory(Protocol):
+    """A lease's memory as the wire sees it; `lease.Region` is one."""
+
+    @property
+    def name(self) -> str:
+        """The region's name on the wire."""
+
+    def __buffer__(self, flags: int, /) -> memoryview:
+        """Its bytes."""
+
+
+class Place(NamedTuple):
+    """Where an app's array lies in a lease of its own."""
+
+    memory: Memory
+    offset: int
+    nbytes: int
+
+    def to_wire(self) -> dict[str, Any]:
+        """A tensor's parameters that name it."""
+        return {
+            "shared_memory_region": self.memory.name,
+            "shared_memory_offset": self.offset,
+            "shared_memory_byte_size": self.nbytes,
+        }
 
 
 class InferResult(Mapping[str, Any]):
@@ -203,6 +252,126 @@ def _bf16_bits(value: Any) -> Array:
     return np.where(np.isnan(array), (bits >> 16) | 0x40, rounded).astype("<u2")
 
 
+Locate = Callable[[Array], tuple[Memory, int] | None]
+"""The region in which an array wholly lies, and its offset there."""
+
+
+class InferPlan:
+    """One inference, up to what only the connection tells: whether there is a lease for its large tensors.
+
+    Small tensors are inline already, arrays in the app's own leases are named. What is left goes through a
+    buffer of `shared_bytes`, if the client has one, or as frames. `memories` are the app's leases in use.
+    Raises InvalidArgument for an input that has no datatype, or an `out` that the daemon could not write to.
+    """
+
+    __slots__ = ("_header", "_large", "memories", "places", "shared_bytes")
+
+    def __init__(
+        self,
+        model: str,
+        inputs: Mapping[str, Any],
+        *,
+        version: str | int | None = None,
+        outputs: Sequence[str] | None = None,
+        priority: int = 0,
+        out: Mapping[str, Array] | None = None,
+        locate: Locate | None = None,
+    ) -> None:
+        self.shared_bytes = 0
+        self.memories: list[Memory] = []
+        self.places: dict[str, Place] = {}
+        self._large: list[tuple[dict[str, Any], Array | Buffer, int]] = []
+        tensors: list[dict[str, Any]] = []
+        inline_bytes_left = _INLINE_TOTAL_BYTES_MAX
+        for name, value in inputs.items():
+            try:
+                datatype, shape, data = _wire_form(value)
+            except EdgedError as e:
+                raise InvalidArgument(f"input '{name}': {e.message}", reason=e.reason) from None
+            tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
+            tensors.append(tensor)
+            nbytes = data.nbytes if isinstance(data, np.ndarray) else len(data)
+            if nbytes <= _INLINE_BYTES_MAX and nbytes <= inline_bytes_left:
+                inline_bytes_left -= nbytes
+                tensor["data"] = data
+            elif locate is None or nbytes <= _INLINE_BYTES_MAX or not self._leased(tensor, data, locate):
+                offset = -1
+                if nbytes >= _SHARED_BYTES_MIN:
+                    offset = self.shared_bytes
+                    self.shared_bytes += -(-nbytes // _ALIGNMENT) * _ALIGNMENT
+                self._large.append((tensor, data, offset))
+        parameters: dict[str, Any] = {}
+        self._header: dict[str, Any] = {
+            "method": "model_infer",
+            "model_name": model,
+            "inputs": tensors,
+            "parameters": parameters,
+        }
+        if version is not None:
+            self._header["model_version"] = str(version)
+        if outputs is not None:
+            self._header["outputs"] = [{"name": name} for name in outputs]
+        if out is not None:
+            self._place_outputs(out, locate)
+        if priority:
+            parameters["priority"] = priority
+
+    def request(self, buffer: Memory | None = None, release: Callable[[bool], None] | None = None) -> Request:
+        """What is sent: the tensors meant for the buffer copied into it, or all large ones as frames.
+
+        Replaces what an earlier call for the same plan made. `release` is the request's; it keeps the app's
+        leases too, since one that goes before the daemon has read the request is not found.
+        """
+        if self.memories:
+            release = functools.partial(_release, tuple(self.memories), release)
+        frames: list[Buffer] = []
+        for tensor, data, offset in self._large:
+            tensor.pop("frame", None)
+            tensor.pop("parameters", None)
+            if buffer is None or offset < 0:
+                tensor["frame"] = len(frames)
+                frames.append(to_raw(data)[2] if isinstance(data, np.ndarray) else data)
+            else:
+                source = data if isinstance(data, np.ndarray) else np.frombuffer(data, np.uint8)
+                dtype = source.dtype.newbyteorder("<")
+                np.copyto(np.ndarray(source.shape, dtype, memoryview(buffer), offset), source)
+                tensor["parameters"] = Place(buffer, offset, source.nbytes).to_wire()
+        return Request(self._header, frames, release)
+
+    def _leased(self, tensor: dict[str, Any], data: Array | Buffer, locate: Locate) -> bool:
+        if isinstance(data, np.ndarray):
+            if not data.dtype.isnative:
+                return False
+        else:
+            data = np.frombuffer(data, np.uint8)
+        found = locate(data)
+        if found is not None:
+            memory, offset = found
+            self.memories.append(memory)
+            tensor["parameters"] = Place(memory, offset, data.nbytes).to_wire()
+        return found is not None
+
+    def _place_outputs(self, out: Mapping[str, Array], locate: Locate | None) -> None:
+        wanted = self._header.setdefault("outputs", [{"name": name} for name in out])
+        entries = {entry["name"]: entry for entry in wanted}
+        for name, array in out.items():
+            if name not in entries:
+                raise InvalidArgument(
+                    f"out: output '{name}' is not among those wanted, {list(entries)}",
+                    reason="UNKNOWN_OUTPUT",
+                )
+            found = locate(array) if locate is not None and isinstance(array, np.ndarray) else None
+            if found is None or not array.flags.writeable:
+                raise InvalidArgument(
+                    f"out: '{name}': expected a contiguous, writable array in a lease that this client took",
+                    reason="NOT_IN_LEASE",
+                )
+            place = Place(*found, array.nbytes)
+            self.memories.append(place.memory)
+            self.places[name] = place
+            entries[name]["parameters"] = place.to_wire()
+
+
 def infer_request(
     model: str,
     inputs: Mapping[str, Any],
@@ -211,36 +380,23 @@ def infer_request(
     outputs: Sequence[str] | None = None,
     priority: int = 0,
 ) -> Request:
-    """The request for one inference. Raises InvalidArgument for an input that has no datatype."""
-    tensors: list[dict[str, Any]] = []
-    frames: list[Buffer] = []
-    inline_bytes_left = _INLINE_TOTAL_BYTES_MAX
-    for name, value in inputs.items():
-        try:
-            if isinstance(value, np.ndarray):
-                datatype, shape, data = to_raw(value)
-            elif isinstance(value, RawTensor):
-                datatype, shape, data = value.datatype, list(value.shape), value.data
-            else:
-                datatype, shape, data = to_raw(np.asarray(value))
-        except EdgedError as e:
-            raise InvalidArgument(f"input '{name}': {e.message}", reason=e.reason) from None
-        nbytes = len(data)
-        if nbytes <= _INLINE_BYTES_MAX and nbytes <= inline_bytes_left:
-            inline_bytes_left -= nbytes
-            tensors.append({"name": name, "datatype": datatype, "shape": shape, "data": data})
-        else:
-            tensors.append({"name": name, "datatype": datatype, "shape": shape, "frame": len(frames)})
-            frames.append(data)
-    parameters: dict[str, Any] = {}
-    header = {"method": "model_infer", "model_name": model, "inputs": tensors, "parameters": parameters}
-    if version is not None:
-        header["model_version"] = str(version)
-    if outputs is not None:
-        header["outputs"] = [{"name": name} for name in outputs]
-    if priority:
-        parameters["priority"] = priority
-    return Request(header, frames)
+    """The request for one inference without leases."""
+    return InferPlan(model, inputs, version=version, outputs=outputs, priority=priority).request()
+
+
+def _release(_memories: Sequence[Memory], release: Callable[[bool], None] | None, reusable: bool) -> None:
+    if release is not None:
+        release(reusable)
+
+
+def _wire_form(value: Any) -> tuple[str, list[int], Array | Buffer]:
+    """Datatype, shape and content of an input; a large array as it is, so that it is copied only once."""
+    if isinstance(value, RawTensor):
+        return value.datatype, list(value.shape), value.data
+    array = value if isinstance(value, np.ndarray) else np.asarray(value)
+    if array.nbytes > _INLINE_BYTES_MAX and array.dtype.kind in "biuf":
+        return datatype_of(array.dtype), list(array.shape), array
+    return to_raw(array)
 
 
 def question(method: str, name: str | None, version: str | int | None, fields: Mapping[str, Any]) -> Request:
@@ -272,11 +428,26 @@ def _check_error(header: Mapping[str, Any]) -> None:
         raise error_from_wire(error if isinstance(error, Mapping) else {})
 
 
-def read_infer(header: Mapping[str, Any], frames: Sequence[Any]) -> InferResult:
+def knows_region(header: Mapping[str, Any]) -> bool:
+    """Whether a reply does not say that the daemon lacks a lease which the request named."""
+    error = header.get("error")
+    return not (isinstance(error, Mapping) and error.get("reason") == "REGION_NOT_FOUND")
+
+
+def read_infer(
+    header: Mapping[str, Any], frames: Sequence[Any], places: Mapping[str, Place] | None = None
+) -> InferResult:
     """The outputs of a `model_infer` reply, `frames` being what followed its header.
 
-    Raises the typed error that the reply carries, or Internal for a reply that breaks the protocol.
+    `places` are where outputs were to go: those are views of the app's lease. Raises the typed error that the
+    reply carries, or Internal for a reply that breaks the protocol.
     """
+    if not knows_region(header):
+        raise Unavailable(
+            "the daemon does not know a lease that the request named; take a new one with Client.lease, or "
+            "send the arrays without",
+            reason="LEASE_LOST",
+        )
     _check_error(header)
 
     def tensor(wire: Mapping[str, Any]) -> Array:
@@ -292,6 +463,8 @@ def read_infer(header: Mapping[str, Any], frames: Sequence[Any]) -> InferResult:
             datatype = wire["datatype"]
             if datatype in VALUE_DATATYPES:
                 outputs[wire["name"]] = value_from_wire(datatype, wire.get("data"), tensor)
+            elif wire.get("parameters") and "shared_memory_region" in wire["parameters"]:
+                outputs[wire["name"]] = _in_place(wire, (places or {})[wire["name"]])
             else:
                 outputs[wire["name"]] = tensor(wire)
         return InferResult(
@@ -301,6 +474,18 @@ def read_infer(header: Mapping[str, Any], frames: Sequence[Any]) -> InferResult:
         raise Internal(
             f"the daemon's reply breaks the protocol: {type(e).__name__}: {e}", reason="BAD_REPLY"
         ) from e
+
+
+def _in_place(wire: Mapping[str, Any], place: Place) -> Array:
+    """An output that the daemon has put into the app's lease."""
+    where = wire["parameters"]
+    nbytes = where["shared_memory_byte_size"]
+    asked = (place.memory.name, place.offset)
+    if (where["shared_memory_region"], where.get("shared_memory_offset", 0)) != asked:
+        raise InvalidArgument("an output lies where it was not asked to")
+    if not isinstance(nbytes, int) or not 0 <= nbytes <= place.nbytes:
+        raise InvalidArgument(f"an output has {nbytes!r} bytes in a place of {place.nbytes}")
+    return from_raw(wire["datatype"], wire["shape"], memoryview(place.memory)[place.offset :][:nbytes])
 
 
 def socket_paths(endpoint: str | None, name: str, environ: Mapping[str, str]) -> list[str]:

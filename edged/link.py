@@ -33,7 +33,7 @@ import msgpack
 import zmq
 
 from edged.clientwire import HEADER_BYTES_MAX, Request, socket_paths
-from edged.errors import DeadlineExceeded, InvalidArgument, PermissionDenied, Unavailable
+from edged.errors import Code, DeadlineExceeded, InvalidArgument, PermissionDenied, Unavailable
 
 __all__ = [
     "FULL_POLL_S",
@@ -61,6 +61,9 @@ _NOCOPY_BYTES_MIN = 1024 * 1024
 
 _HANDSHAKE_S_MAX = 5.0
 """A daemon that accepts but does not shake hands for this long is stuck."""
+
+_ANSWERED_EARLY = (Code.DEADLINE_EXCEEDED.value, Code.CANCELLED.value)
+"""Errors that a daemon may answer with while the model still runs."""
 
 _EVENT_QUEUE_MAX = 1000
 """Events kept for a subscriber that does not read; libzmq drops what comes after."""
@@ -91,9 +94,10 @@ class Pending:
     """One request in flight: settled by its reply (`header`, `frames`) or by the link's loss (`lost`).
 
     `wake` is called once, under the link's lock, when that happens; a waiting thread has a `baton` instead.
+    `release` is the request's, and called under the lock as soon as the link knows; it must not block.
     """
 
-    __slots__ = ("baton", "frames", "header", "id", "lost", "wake")
+    __slots__ = ("baton", "frames", "header", "id", "lost", "release", "wake")
 
     def __init__(self, wake: Callable[[], None] | None = None) -> None:
         self.id = 0
@@ -102,11 +106,23 @@ class Pending:
         self.lost = False
         self.wake = wake
         self.baton: threading.Lock | None = None
+        self.release: Callable[[bool], None] | None = None
 
     @property
     def settled(self) -> bool:
         """Whether there is something to read."""
         return self.header is not None or self.lost
+
+    def let_go(self) -> None:
+        """Ends the request's hold on its memory, which the daemon may read until it has answered.
+
+        And beyond, where it answers without waiting for the run: at a deadline, and when cancelled.
+        """
+        release, self.release = self.release, None
+        if release is not None:
+            error = (self.header or {}).get("error")
+            code = error.get("code") if isinstance(error, Mapping) else None
+            release(self.header is not None and code not in _ANSWERED_EARLY)
 
     def reply(self, path: str) -> dict[str, Any]:
         """The reply's header. Raises Unavailable when the link was lost, DeadlineExceeded when none came."""
@@ -235,6 +251,7 @@ class Link(_Monitored):
                 self._drain()
                 return False
             self._pendings[pending.id] = pending
+            pending.release = request.release
             if self._leader_sleeps or pending.wake is not None:
                 self._drain()
             return True
@@ -286,7 +303,8 @@ class Link(_Monitored):
         """Lets go of a request: its reply, should it come, is dropped."""
         if pending.id in self._pendings:
             with self._lock:
-                self._pendings.pop(pending.id, None)
+                if self._pendings.pop(pending.id, None) is not None:
+                    pending.let_go()
 
     def drain(self) -> None:
         """Settles whatever has arrived; for an event loop, when one of `fds` is readable."""
@@ -357,6 +375,8 @@ class Link(_Monitored):
         if pending is not None:
             pending.header = header
             pending.frames = frames
+            if pending.release is not None:
+                pending.let_go()
             self._wake(pending)
 
     def _lose_pendings(self) -> None:
@@ -364,6 +384,7 @@ class Link(_Monitored):
         self._pendings.clear()
         for pending in lost:
             pending.lost = True
+            pending.let_go()
             self._wake(pending)
 
     def _wake(self, pending: Pending) -> None:
