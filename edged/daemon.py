@@ -127,7 +127,7 @@ FAULT_RESCAN_S = 2.0
 """How often a folder that is gone is looked for: nothing tells when its mount comes back."""
 
 REGIONS_MAX = 4096
-"""Leased regions in all; or a quarter of the daemon's descriptors, where that is less: without one left, libzmq
+"""Leased regions in all, or a quarter of the descriptors that the daemon may have: with none left, libzmq
 ends the process."""
 
 STATUS_S = 2.0

@@ -69,6 +69,10 @@ STEPS = st.one_of(
     st.tuples(st.just("devices")),
     st.tuples(st.just("measured"), st.floats(1, 2000)),
     st.tuples(st.just("fault"), st.booleans()),
+    st.tuples(st.just("lease")),
+    *[st.tuples(st.just("infer_leased"), MODELS, st.integers(0, 9), st.sampled_from([0, 500_000]))] * 2,
+    st.tuples(st.just("release"), st.integers(0, 9)),
+    st.tuples(st.just("hang_up")),
 )
 FAULTS = {
     "m-3": "MODEL_INVALID",
@@ -145,6 +149,16 @@ def act(world: World, step: tuple[Any, ...]) -> None:
         case ("fault", on):
             world.fault = "the models folder is gone" if on else None
             world.scans.append(world.now_s)
+        case ("lease",):
+            world.lease()
+        case ("infer_leased", model, which, timeout):
+            region = world.leased[which % len(world.leased)] if world.leased else world.lease()
+            world.infer(model, region=region, timeout=timeout)
+        case ("release", which):
+            if world.leased:
+                world.release(world.leased.pop(which % len(world.leased)))
+        case ("hang_up",):
+            world.hang_up()
         case _:
             raise AssertionError(step)
 
@@ -169,6 +183,10 @@ def test_any_day_ends_with_every_request_answered_once(day: list[tuple[Any, ...]
     assert {key: len(world.answers.get(key, ())) for key in world.asked} == dict(world.asked)
     scheduler = world.core.scheduler
     assert (scheduler.in_flight, scheduler.clients, scheduler._bytes) == (0, 0, 0)
+    assert len(world.memory) == len(world.leased), "leased memory that nobody has was not reclaimed"
+    world.hang_up()
+    assert world.core.regions.snapshot() == {"regions": 0, "bytes": 0, "connections": 0}
+    assert not world.memory
 
 
 def recovers(world: World) -> None:

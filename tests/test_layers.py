@@ -16,7 +16,7 @@ FILES = {
 }
 PURE = ("messages", "wire", "tensors", "errors", "scheduler", "statistics", "devices", "events", "instances")
 PURE += ("registry", "workers", "placement", "turns", "retirement", "lifecycle", "entries")
-PURE += ("choosing", "core", "status", "resources")
+PURE += ("choosing", "core", "status", "resources", "regions")
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
 
@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors version",
         "tensors messages units",
-        "wire config resources scheduler statistics",
+        "wire config resources scheduler statistics regions",
         "repository devices",
         "events",
         "instances",
@@ -36,6 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "entries choosing status",
         "core",
         "helper transport store watcher system journal process",
+        "lanes",
         "daemon",
         "cli.edged",
     )
@@ -97,7 +98,7 @@ def test_nothing_is_imported_in_a_circle() -> None:
 
 def test_only_the_daemon_composes() -> None:
     """What holds sockets, processes and files meets in one module."""
-    holders = {"edged.transport", "edged.process", "edged.store", "edged.watcher"}
+    holders = {"edged.transport", "edged.process", "edged.store", "edged.watcher", "edged.lanes"}
     composers = {m for m in FILES if len(imports(m) & holders) > 1}
     assert composers == {"edged.daemon"}
 

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edged.errors import EdgedError, InvalidArgument
-from edged.messages import METHODS, InputTensor, Request
+from edged.messages import METHODS, InputTensor, OutputRef, RegionPart, RegionReference, Request
 from edged.tensors import DATATYPES
 from edged.wire import (
     ID_INT_MAX,
@@ -21,10 +21,13 @@ from edged.wire import (
     WireError,
     WireLimits,
     cut,
+    decode_lane_request,
     decode_request,
     encode,
     encode_infer_reply,
     input_data,
+    leased_input,
+    region_reference,
     timing_parameters,
     unknown_parameters,
 )
@@ -193,12 +196,20 @@ def test_a_length_that_the_bytes_do_not_have_is_refused(count: bytes) -> None:
         (infer(frame("x", 0)), (8, 8), "infer", {}, "INVALID_ARGUMENT", "EXTRA_FRAME"),
         ({"method": "server_live"}, (8,), "infer", {}, "INVALID_ARGUMENT", "EXTRA_FRAME"),
         (
-            infer({**frame("x", None), "parameters": {"shared_memory_region": "r"}}),
+            infer(frame("x", 0, parameters={"shared_memory_region": "r"})),
+            (8,),
+            "infer",
+            {},
+            "INVALID_ARGUMENT",
+            "BAD_DATA",
+        ),
+        (
+            infer({**TENSOR, "parameters": {"shared_memory_offset": 0}}),
             (),
             "infer",
             {},
-            "UNIMPLEMENTED",
-            "NO_LEASES",
+            "INVALID_ARGUMENT",
+            "BAD_DATA",
         ),
     ],
 )
@@ -395,6 +406,145 @@ def test_the_two_msgpack_libraries_agree(value: dict[str, Any]) -> None:
     assert msgspec.msgpack.decode(msgpack.packb(value)) == value
 
 
+# ---- leased memory --------------------------------------------------------------------------------------
+
+
+def where(**changes: Any) -> dict[str, Any]:
+    """Parameters that name a piece of a region; None takes one away."""
+    found = {"region": "r", "offset": 4, "byte_size": 8, **changes}
+    return {f"shared_memory_{k}": v for k, v in found.items() if v is not None}
+
+
+def test_a_piece_of_a_region_is_named_by_three_parameters() -> None:
+    """The offset may be left out; other parameters have nothing to do with it."""
+    assert region_reference(where(), "x") == RegionReference("r", 4, 8)
+    assert region_reference(where(offset=None), "x") == RegionReference("r", 0, 8)
+    assert region_reference({"binary_data_size": 8}, "x") is None
+    assert region_reference({}, "x") is None
+    assert region_reference(None, "x") is None
+
+
+@pytest.mark.parametrize("bad", [-1, True, False, 1.0, "8", None, [], 2**63, 2**64 - 1, -(2**63), b"8"])
+@pytest.mark.parametrize("key", ["offset", "byte_size"])
+def test_numbers_that_are_none(key: str, bad: Any) -> None:
+    """Negative, beyond 63 bits, or of another type: refused before anybody adds them."""
+    parameters = {**where(), f"shared_memory_{key}": bad}
+    with pytest.raises(InvalidArgument) as caught:
+        region_reference(parameters, "input 'x'")
+    assert caught.value.reason == "BAD_REGION"
+    assert key in caught.value.message
+
+
+@pytest.mark.parametrize("bad", [None, 1, b"r", ["r"]])
+def test_a_region_has_a_name(bad: Any) -> None:
+    """A size or an offset alone names nothing."""
+    with pytest.raises(InvalidArgument) as caught:
+        region_reference(
+            {**where(region=None), **({} if bad is None else {"shared_memory_region": bad})}, "x"
+        )
+    assert caught.value.reason == "BAD_REGION"
+
+
+def test_a_leased_input_has_its_size_and_no_bytes_here() -> None:
+    """Nobody in the daemon reads the client's memory; BYTES are the worker's to look at."""
+    part = RegionPart(1, "r", 0, 8)
+    data = leased_input(InputTensor("x", "FP32", [2]), part)
+    assert (data.part, len(data.raw)) == (part, 0)
+    assert leased_input(InputTensor("x", "BYTES", [3]), part).part is part
+    for shape in ([1], [3], [], [-2], [2**62, 2**62]):
+        with pytest.raises(InvalidArgument):
+            leased_input(InputTensor("x", "FP32", shape), part)
+
+
+def test_the_parameters_of_a_region_are_known() -> None:
+    """No warning names them, and whoever insists on them is served."""
+    tensor = InputTensor("x", "FP32", [2], parameters={**where(), "odd": 1})
+    request = Request("model_infer", inputs=[tensor], outputs=[OutputRef("y", where())])
+    assert unknown_parameters(request) == ["parameter 'odd' of input 'x' was ignored"]
+    insists = {"name": "x", "datatype": "FP32", "shape": [2], "parameters": where()}
+    assert decode(infer(insists, must_understand=["shared_memory_region"])).inputs[0].parameters == where()
+
+
+def test_a_landed_output_is_told_by_where_it_lies() -> None:
+    """With its real size, and neither data nor frame; the others are as ever."""
+    (header,) = encode_infer_reply(
+        1,
+        "m",
+        "1",
+        [("y", "FP32", [1], b""), ("z", "FP32", [1], b"\0" * 4)],
+        {},
+        {"y": RegionPart(3, "r", 64, 4)},
+    )
+    y, z = msgpack.unpackb(header)["outputs"]
+    assert y == {
+        "name": "y",
+        "datatype": "FP32",
+        "shape": [1],
+        "parameters": where(offset=64, byte_size=4),
+    }
+    assert z["data"] == b"\0" * 4
+
+
+def lane(packet: Any, *, truncated: bool = False) -> Any:
+    """What the daemon makes of a packet on the lease socket."""
+    raw = packet if isinstance(packet, bytes) else msgpack.packb(packet)
+    return decode_lane_request(raw, truncated=truncated)
+
+
+def test_what_the_lease_socket_takes() -> None:
+    """Two methods."""
+    assert lane({"method": "lease_acquire", "id": 1, "byte_size": 9}).byte_size == 9
+    assert lane({"v": 1, "method": "lease_release", "id": "a", "region": "r"}).region == "r"
+
+
+@pytest.mark.parametrize(
+    ("packet", "code", "reason"),
+    [
+        ({"method": "lease_acquire", "id": 7}, "INVALID_ARGUMENT", "BAD_HEADER"),
+        ({"method": "lease_release", "id": 7}, "INVALID_ARGUMENT", "BAD_HEADER"),
+        ({"method": "lease_acquire", "id": 7, "byte_size": True}, "INVALID_ARGUMENT", "BAD_HEADER"),
+        ({"method": "lease_acquire", "id": 7, "byte_size": 1.5}, "INVALID_ARGUMENT", "BAD_HEADER"),
+        ({"method": "lease_release", "id": 7, "region": b"r"}, "INVALID_ARGUMENT", "BAD_HEADER"),
+        ({"method": "model_infer", "id": 7}, "UNIMPLEMENTED", "WRONG_SOCKET"),
+        ({"method": "server_live", "id": 7}, "UNIMPLEMENTED", "WRONG_SOCKET"),
+        ({"method": "dance", "id": 7}, "UNIMPLEMENTED", "UNKNOWN_METHOD"),
+        ({"method": "lease_release", "v": 2, "id": 7, "region": "r"}, "UNIMPLEMENTED", "PROTOCOL_VERSION"),
+        (
+            {"method": "lease_release", "id": 7, "region": "r", "must_understand": ["fast"]},
+            "UNIMPLEMENTED",
+            "MUST_UNDERSTAND",
+        ),
+    ],
+)
+def test_what_the_lease_socket_refuses(packet: Any, code: str, reason: str) -> None:
+    """With the id of who asked."""
+    with pytest.raises(WireError) as caught:
+        lane(packet)
+    assert (caught.value.error.code.value, caught.value.error.reason) == (code, reason)
+    assert caught.value.request_id == 7
+
+
+def test_a_packet_that_was_cut_is_not_read() -> None:
+    """Whatever its beginning says."""
+    with pytest.raises(WireError) as caught:
+        lane({"method": "lease_acquire", "id": 1, "byte_size": 9}, truncated=True)
+    assert caught.value.error.reason == "HEADER_TOO_LARGE"
+    assert caught.value.request_id is None
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.data())
+def test_any_packet_is_a_request_or_a_wire_error(data: st.DataObject) -> None:
+    """Well-formed or not."""
+    raw = data.draw(st.binary(max_size=80) | (ODD | WILD).map(msgpack.packb))
+    try:
+        request = lane(raw)
+    except WireError as e:
+        encode({"id": e.request_id, "error": e.error.to_wire()})
+    else:
+        assert METHODS[request.method] == "lease"
+
+
 # ---- anything at all ------------------------------------------------------------------------------------
 
 WILD = PLAIN | st.floats() | st.lists(PLAIN)
@@ -406,12 +556,17 @@ ODD_TENSOR = st.fixed_dictionaries(
         "shape": st.lists(st.integers(-2, 5), max_size=4) | WILD,
         "data": st.binary(max_size=40) | st.lists(WILD, max_size=4) | WILD,
         "frame": st.integers(-1, 3) | WILD,
-        "parameters": WILD,
+        "parameters": WILD
+        | st.dictionaries(
+            st.sampled_from([f"shared_memory_{k}" for k in ("region", "offset", "byte_size")]), WILD
+        ),
     },
 )
 ODD = st.fixed_dictionaries(
     {"method": st.sampled_from(list(METHODS)) | WILD},
     optional={
+        "byte_size": WILD,
+        "region": WILD,
         "v": st.just(1) | WILD,
         "id": WILD,
         "model_name": WILD,
@@ -437,7 +592,11 @@ def check(raw: bytes, sizes: list[int]) -> None:
     frames = [memoryview(b"\0" * size) for size in sizes]
     for tensor in request.inputs:
         try:
-            data = input_data(tensor, frames)
+            reference = region_reference(tensor.parameters, "x")
+            if reference is not None:
+                data = leased_input(tensor, RegionPart(1, reference.name, reference.offset, reference.nbytes))
+            else:
+                data = input_data(tensor, frames)
         except EdgedError as e:
             encode(e.to_wire())
         else:

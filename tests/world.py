@@ -25,9 +25,14 @@ from edged.events import (
     Event,
     Exit,
     FolderScanned,
+    FreeRegion,
+    GrantRegion,
     InstanceLoaded,
     InstanceLoadFailed,
     KillWorker,
+    LaneClosed,
+    LaneOpened,
+    LanePacket,
     LoadInstance,
     LoadPrepared,
     Log,
@@ -56,7 +61,7 @@ from edged.events import (
     WorkerHello,
 )
 from edged.instances import SLOTS_PER_WORKER, Instance, InstanceState, Machine
-from edged.messages import InputTensor, Peer, Request, RequestId
+from edged.messages import InputTensor, LaneRequest, OutputRef, Peer, Request, RequestId
 from edged.repository import Entry, FileStamp, Snapshot
 from edged.resources import Sample
 from edged.store import Staged as StoredCopy
@@ -161,6 +166,11 @@ class World:
         self.readies = 0
         self.asked: Counter[tuple[bytes, RequestId]] = Counter()
         self.answers: dict[tuple[bytes, RequestId], list[Any]] = {}
+        self.lane: int | None = None
+        self.leased: list[str] = []
+        """The names of regions, in the order in which they were granted."""
+        self.memory: set[int] = set()
+        """Regions whose memory is there."""
         self._serial = itertools.count(1)
         if boot:
             self.boot(last_good)
@@ -299,22 +309,52 @@ class World:
         version: str = "",
         id: RequestId = None,
         size: int = 2,
+        region: str | None = None,
         **parameters: Any,
     ) -> tuple[bytes, RequestId]:
         """Sends an inference; the key under which its answers are listed."""
         key = client, f"r{next(self._serial)}" if id is None else id
         self.asked[key] += 1
-        tensor = InputTensor("x", "FP32", [size], data=b"\0\0\0\0" * size)
+        where = {"shared_memory_region": region, "shared_memory_byte_size": 4 * size}
+        tensor = InputTensor(
+            "x",
+            "FP32",
+            [size],
+            data=None if region else b"\0\0\0\0" * size,
+            parameters=where if region else None,
+        )
         request = Request(
             "model_infer",
             id=key[1],
             model_name=model,
             model_version=version,
             inputs=[tensor],
+            outputs=[OutputRef("y", where)] if region else None,
             parameters=parameters or None,
         )
         self.send(RequestArrived((client, b""), "infer", PEER, request))
         return key
+
+    def lease(self, nbytes: int = 4096) -> str:
+        """Acquires a region, on a connection that is made where there is none; its name."""
+        if self.lane is None:
+            self.lane = next(self._serial)
+            self.send(LaneOpened(self.lane, PEER))
+        name = f"{next(self._serial):032x}"
+        self.send(LanePacket(self.lane, PEER, LaneRequest("lease_acquire", byte_size=nbytes), name))
+        return name
+
+    def release(self, name: str) -> None:
+        """Gives a region back."""
+        assert self.lane is not None
+        self.send(LanePacket(self.lane, PEER, LaneRequest("lease_release", region=name), ""))
+
+    def hang_up(self) -> None:
+        """The connection with the leases ends."""
+        if self.lane is not None:
+            self.send(LaneClosed(self.lane))
+            self.lane = None
+            self.leased.clear()
 
     def answer(self, key: tuple[bytes, RequestId]) -> Any:
         """The one answer to a request so far, None while there is none: a reason, or the result."""
@@ -337,6 +377,16 @@ class World:
 
     def _on_SendResult(self, e: SendResult) -> None:  # noqa: N802 - named after the effect
         self.answers.setdefault((e.job.route[0], e.job.request_id), []).append(e)
+
+    def _on_GrantRegion(self, e: GrantRegion) -> None:  # noqa: N802 - named after the effect
+        assert e.region not in self.memory
+        self.memory.add(e.region)
+        self.leased.append(e.name)
+
+    def _on_FreeRegion(self, e: FreeRegion) -> None:  # noqa: N802 - named after the effect
+        self.memory.remove(e.region)
+        used = [run.job.regions for run in self.core._runs.values()]
+        assert not any(e.region in regions for regions in used), "memory was let go of under a run"
 
     def _on_Scan(self, e: Scan) -> None:  # noqa: N802 - named after the effect
         self.scans.append(self.now_s + e.after_s)
@@ -406,6 +456,8 @@ class World:
         assert 0 <= e.slot < worker.slots
         assert e.slot not in [run.slot for run in worker.runs], "a slot was used twice"
         assert e.inputs, "a run lost its inputs"
+        parts = [t.part for t in e.inputs if t.part is not None] + list((e.into or {}).values())
+        assert {part.region for part in parts} <= self.memory, "a run without its memory"
         worker.runs.append(e)
 
     def _on_CancelRun(self, e: CancelRun) -> None:  # noqa: N802 - named after the effect
