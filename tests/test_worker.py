@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import mmap
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,10 +14,11 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from edged import arrays
 from edged.process import Spawner, WorkerGone
 from edged.testing import write_fake_model
 from tests.test_runtimes import long_model, save, value, zipmap_model
-from tests.worker_helpers import Handle
+from tests.worker_helpers import WAIT_S, Handle
 
 X = np.arange(6, dtype=np.float32).reshape(3, 2)
 
@@ -329,3 +332,94 @@ def test_measure_compares_two_runtimes(spawner: Spawner, tmp_path: Path) -> None
     assert result["proven"], result
     assert result["reference_p50_us"] > 0
     assert result["candidate_p50_us"] > 0
+
+
+class Leased:
+    """A region that a worker was given."""
+
+    def __init__(self, worker: Handle, number: int = 1, nbytes: int = 1 << 16) -> None:
+        fd = os.memfd_create("edged-lease-test", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        os.ftruncate(fd, nbytes)
+        self.number = number
+        self.memory = mmap.mmap(fd, nbytes)
+        self._worker, self._fd = worker, fd
+
+    def give(self) -> Leased:
+        """Passes it."""
+        assert self._worker.process.send_control(["region", self.number], self._fd)
+        os.close(self._fd)
+        return self
+
+    def row(self, name: str, array: Any, offset: int = 0) -> list[Any]:
+        """Puts an input there; its row in the run's packet."""
+        datatype, shape, raw = arrays.to_raw(np.asarray(array))
+        self.memory[offset : offset + len(raw)] = bytes(raw)
+        return [name, datatype, shape, offset, len(raw), self.number]
+
+    def run(self, row: list[Any], into: dict[str, list[int]], run_id: int = 1) -> list[Any]:
+        """Runs instance 1; the answer."""
+        packet = ["run", run_id, 1, 0, [row], None, into]
+        assert self._worker.process.send_run(packet)
+        return self._worker.answer()
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("offset", [0, 64, 3])
+def test_leased_memory_is_read_and_written(
+    spawner: Spawner, tmp_path: Path, runtime: str, offset: int
+) -> None:
+    """Input and output lie in one region; when it is taken back nothing of it stays mapped."""
+    with Handle(spawner, runtime) as worker:
+        assert worker.load(identity(tmp_path))[0] == "loaded"
+        region = Leased(worker).give()
+        x = np.arange(100, dtype=np.float32)
+        answer = region.run(region.row("x", x, offset), {"y": [1, 8192, 400]})
+        assert answer[:1] + answer[3] == ["done", ["y", "FP32", [100], 0, 400]]
+        np.testing.assert_array_equal(np.frombuffer(region.memory, np.float32, 100, 8192), x)
+        worker.ask("region_gone", 1)
+        deadline = time.monotonic() + WAIT_S
+        while "edged-lease" in Path(f"/proc/{worker.process.pid}/maps").read_text():
+            assert time.monotonic() < deadline, "the region is still mapped"
+            os.sched_yield()
+
+
+def test_a_run_waits_for_its_region(worker: Handle, tmp_path: Path) -> None:
+    """Two sockets have no order; whichever is read first, the run is served."""
+    assert worker.load(identity(tmp_path))[0] == "loaded"
+    region = Leased(worker)
+    row = region.row("x", np.ones(3, np.float32))
+    assert worker.process.send_run(["run", 1, 1, 0, [row], None, {}])
+    region.give()
+    assert worker.answer()[0] == "done"
+
+
+def test_a_region_that_never_comes(worker: Handle, tmp_path: Path) -> None:
+    """The wait is bounded, and the next run is served."""
+    assert worker.load(identity(tmp_path))[0] == "loaded"
+    region = Leased(worker)
+    answer = region.run(region.row("x", np.ones(3, np.float32)), {})
+    assert answer[3:5] == ["INTERNAL", "REGION_NOT_MAPPED"]
+    region.give()
+    assert region.run(region.row("x", np.ones(3, np.float32)), {})[0] == "done"
+
+
+def test_an_output_beyond_its_place_is_not_written(worker: Handle, tmp_path: Path) -> None:
+    """The run fails, and the client's memory is as it was."""
+    assert worker.load(identity(tmp_path))[0] == "loaded"
+    region = Leased(worker).give()
+    answer = region.run(region.row("x", np.ones(100, np.float32)), {"y": [1, 8192, 399]})
+    assert answer[3:5] == ["INVALID_ARGUMENT", "OUTPUT_DOES_NOT_FIT"]
+    assert region.memory[8192:8600] == b"\0" * 408
+
+
+def test_a_large_reply_is_not_misled_by_offsets_in_a_region(worker: Handle, tmp_path: Path) -> None:
+    """It goes behind what lies in the slot, however far out in a region the input was."""
+    assert worker.load(zipmap_model(tmp_path / "m.onnx"))[0] == "loaded"
+    region = Leased(worker, nbytes=1 << 28).give()
+    row = region.row("x", np.zeros((5000, 3), np.float32), 1 << 27)
+    answer = region.run(row, {"label": [1, 1 << 26, 40_000]})
+    assert answer[0] == "done"
+    assert worker.process.arena.memory_bytes() < 16 << 20
+    rows = {each[0]: each for each in answer[3]}
+    assert rows["label"][1:] == ["INT64", [5000], 0, 40_000]
+    assert len(rows["probabilities"][5]) == 5000

@@ -360,12 +360,12 @@ def test_parameters_of_no_sense_are_refused_by_name(raw: Raw, parameters: dict[s
         assert next(iter(parameters)) in reply["error"]["message"]
 
 
-def test_shared_memory_is_refused_as_not_served(raw: Raw) -> None:
-    """UNIMPLEMENTED, with what to do instead."""
+def test_shared_memory_that_nobody_leased(raw: Raw) -> None:
+    """NOT_FOUND, with what to do."""
     tensor = x4(data=None, parameters={"shared_memory_region": "r", "shared_memory_byte_size": 16})
-    code, _, message = refused(raw, infer([tensor]))
-    assert code == "UNIMPLEMENTED"
-    assert "send the tensor as a frame" in message
+    code, reason, message = refused(raw, infer([tensor]))
+    assert (code, reason) == ("NOT_FOUND", "REGION_NOT_FOUND")
+    assert "lease.sock" in message
 
 
 # ---------------------------------------------------------------------- models by name
