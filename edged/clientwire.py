@@ -60,7 +60,9 @@ _INLINE_TOTAL_BYTES_MAX = 56 * 1024
 """Inline bytes of all inputs together, so that names and shapes still fit into the header."""
 
 _SHARED_BYTES_MIN = 256 * 1024
-"""From this size on a copy into a lease beats a frame."""
+"""From this size on a copy into a lease beats a frame by enough to hold shared memory for it. On two cores,
+lease to frame: 64 KiB 317 to 329 µs, 128 KiB 335 to 356, 256 KiB 346 to 409, 588 KiB 351 to 484, 6 MiB 1143
+to 2518."""
 
 _ALIGNMENT = 64
 """A tensor in a buffer begins on a cache line, as runtimes want it."""

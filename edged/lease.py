@@ -545,11 +545,12 @@ _alive: weakref.WeakSet[Leases] = weakref.WeakSet()
 
 
 def _after_fork_in_child() -> None:
-    # A buffer that parent and child both filled would mix their tensors, so the child starts with none.
-    for leases in list(_alive):
-        leases.abandon()
+    # A buffer that parent and child both filled would mix their tensors, so the child starts with none. The
+    # links first: a region that goes with the pool must not be given back over what is the parent's too.
     for link in list(_links):
         link.abandon()
+    for leases in list(_alive):
+        leases.abandon()
 
 
 os.register_at_fork(after_in_child=_after_fork_in_child)
