@@ -125,10 +125,10 @@ class Place(NamedTuple):
 class InferResult(Mapping[str, Any]):
     """The outputs of one inference by name, in the model's order, and how they were made.
 
-    Tensors are numpy arrays that belong to the caller; ONNX sequences and maps are lists and dicts.
-    `device` (`CPU`, `CUDA:0`, `GPU.0`, `NPU`), `runtime`, `precision` and `fallback_reason` are what the
-    daemon says it really used. `queue_us` and `compute_us` are its own measurements. `warnings` names
-    parameters that the daemon did not know. `parameters` is the reply's whole map.
+    Tensors are numpy arrays that belong to the caller, views of its lease where `out` said so; ONNX sequences
+    and maps are lists and dicts. `device` (`CPU`, `CUDA:0`, `GPU.0`, `NPU`), `runtime`, `precision` and
+    `fallback_reason` are what the daemon says it really used. `queue_us` and `compute_us` are its own
+    measurements. `warnings` names parameters that the daemon did not know. `parameters` is all that it said.
     """
 
     __slots__ = ("_outputs", "model_name", "model_version", "parameters")
