@@ -49,6 +49,7 @@ from edged.runtimes.base import (
     create_runtime,
     silence_telemetry,
 )
+from edged.runtimes.onnxfile import steady_inputs
 
 __all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "run_worker"]
 
@@ -78,8 +79,8 @@ REGION_WAIT_S = 2.0
 their own, and whichever is read first."""
 
 IN_PLACE = frozenset({"FP16", "BF16", "FP32", "FP64"})
-"""What is read where the client can change it. A float is never an index; an integer may be, and one that
-changes between a runtime's check and its use reads beyond the tensor."""
+"""What may be read where the client can change it, if the model only computes with it. An integer may be an
+index, and one that changes between a runtime's check and its use reads beyond the tensor."""
 
 EXIT_FATAL = 70
 """The device failed under the process (EX_SOFTWARE): the supervisor starts another."""
@@ -103,6 +104,8 @@ class _Loaded:
     output_names: list[str]
     datatypes: dict[str, str]
     optional_outputs: frozenset[str]
+    steady_inputs: frozenset[str]
+    """What the model reads may change while it runs."""
 
 
 class Worker:
@@ -163,7 +166,7 @@ class Worker:
                 return ["failed", run_id, slot, "CANCELLED", "CANCELLED", "the request was cancelled"]
             feeds: dict[str, Any] = {}
             if into is not None:
-                inputs[:] = self._leased_feeds(feeds, inputs)
+                inputs[:] = self._leased_feeds(feeds, inputs, loaded)
             end = max([offset + nbytes for _, _, _, offset, nbytes in inputs], default=0)
             buffer = self._slots.buffer(slot, end)
             for name, datatype, shape, offset, nbytes in inputs:
@@ -186,7 +189,9 @@ class Worker:
             if self._cancelled:
                 self._cancelled.pop(run_id, None)
 
-    def _leased_feeds(self, feeds: dict[str, Any], inputs: Sequence[list[Any]]) -> list[list[Any]]:
+    def _leased_feeds(
+        self, feeds: dict[str, Any], inputs: Sequence[list[Any]], loaded: _Loaded
+    ) -> list[list[Any]]:
         """Feeds what lies in leased memory; returns the other inputs.
 
         The client can write while the model runs. So only what cannot mislead a runtime is read in place, and
@@ -204,7 +209,7 @@ class Worker:
                 feeds[name] = arrays.from_raw(datatype, shape, buffer[offset : offset + nbytes])
                 continue
             array = np.ndarray(shape, dtype, buffer, offset)
-            if datatype not in IN_PLACE or offset % ALIGN_BYTES:
+            if datatype not in IN_PLACE or name not in loaded.steady_inputs or offset % ALIGN_BYTES:
                 array = array.copy()
             if datatype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
                 raise InvalidArgument(f"input '{name}': a BOOL byte is 0 or 1", reason="BAD_DATA")
@@ -490,6 +495,7 @@ class Worker:
             [s.name for s in model.outputs],
             {s.name: s.datatype for s in model.outputs},
             frozenset(s.name for s in model.outputs if s.datatype == "OPTIONAL"),
+            steady_inputs(settings["path"]) if settings.get("format") == "onnx" else frozenset(),
         )
         return [
             "loaded",

@@ -53,6 +53,7 @@ __all__ = [
     "sklearn_zipmap",
     "slow",
     "string_concat",
+    "top_k",
     "versioned",
     "write",
     "zipmap",
@@ -272,6 +273,16 @@ def failing() -> onnx.ModelProto:
         [helper.make_node("Gather", ["x", "i"], ["y"])],
         [_value("x", "FP32", ["N"]), _value("i", "INT64", ["K"])],
         [_value("y", "FP32", ["K"])],
+    )
+
+
+def top_k(count: int) -> onnx.ModelProto:
+    """`x` FP32 [N] → the `count` largest as `y` FP32 [count], with their places `i` INT64 [count]."""
+    return _model(
+        [helper.make_node("TopK", ["x", "count"], ["y", "i"], axis=0)],
+        [_value("x", "FP32", ["N"])],
+        [_value("y", "FP32", [count]), _value("i", "INT64", [count])],
+        {"count": np.array([count], np.int64)},
     )
 
 

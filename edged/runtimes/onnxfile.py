@@ -1,8 +1,11 @@
-"""What ONNX Runtime does not tell of an ONNX file: which inputs and outputs have no declared rank.
+"""What ONNX Runtime does not tell of an ONNX file.
 
-Its Python interface shows a tensor of any rank and a scalar alike, with the shape []. The file tells them
-apart: one has no shape at all, the other a shape of no dimensions (onnx.proto, `TypeProto.Tensor.shape`). So
-this walks the file's outermost fields, skipping every node and weight by its length. It never builds the
+Which inputs may be read while somebody else writes to them: those whose numbers cannot lead an operator
+anywhere (`steady_inputs`). And which inputs and outputs have no declared rank (`unranked`): its Python
+interface shows a tensor of any rank and a scalar alike, with the shape []. The file tells them apart: one has
+no shape at all, the other a shape of no dimensions (onnx.proto, `TypeProto.Tensor.shape`).
+
+So this walks the file's outer fields, skipping what it does not want by its length. It never builds the
 model, and takes a file that it cannot walk for one that says nothing: the runtime has loaded it.
 
 Runs on Python 3.10 too.
@@ -14,14 +17,28 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["unranked"]
+__all__ = ["steady_inputs", "unranked"]
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7
-_GRAPH_INPUT, _GRAPH_OUTPUT = 11, 12
+_GRAPH_NODE, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 11, 12
+_NODE_INPUT, _NODE_OUTPUT, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
+_ATTRIBUTE_GRAPHS = (6, 11)
 _VALUE_NAME, _VALUE_TYPE = 1, 2
 _TYPE_TENSOR = 1
 _TENSOR_SHAPE = 2
+
+_COMPUTE = frozenset(
+    b"Conv ConvTranspose Gemm MatMul AveragePool GlobalAveragePool GlobalMaxPool MaxPool BatchNormalization "
+    b"InstanceNormalization LayerNormalization Sigmoid Tanh Softmax Exp Sqrt LSTM GRU".split()
+)
+"""What they read decides what they compute, never where they read; and their outputs are new memory."""
+
+_PASS = frozenset(
+    b"Identity Reshape Flatten Squeeze Unsqueeze Dropout Transpose Cast Add Sub Mul Div Relu LeakyRelu Clip "
+    b"Neg Concat Split Slice Pad Expand QuantizeLinear DequantizeLinear".split()
+)
+"""Likewise, but a runtime may leave them out, or make input and output one: what they feed counts too."""
 
 # Wire types of protobuf.
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -34,6 +51,66 @@ def unranked(path: str) -> frozenset[str]:
             return frozenset(_unranked(data))
         except (IndexError, ValueError):
             return frozenset()
+
+
+def steady_inputs(path: str) -> frozenset[str]:
+    """The graph's inputs of which every number may change at any moment of a run without harm.
+
+    A sort that finds its numbers changed leaves its bounds, and so does an index that was checked before; a
+    convolution or a product only computes something else. So these are the inputs that reach nothing but
+    operators of the second kind.
+    """
+    with Path(path).open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return frozenset(name.decode() for name in _steady(data))
+        except (IndexError, ValueError):
+            return frozenset()
+
+
+def _steady(data: mmap.mmap) -> set[bytes]:
+    graphs = [(at, end) for field, at, end in _fields(data, 0, len(data)) if field == _MODEL_GRAPH]
+    inputs: set[bytes] = set()
+    for graph in graphs:
+        for field, at, end in _fields(data, *graph):
+            if field == _GRAPH_INPUT:
+                inputs.update(data[a:b] for number, a, b in _fields(data, at, end) if number == _VALUE_NAME)
+    origins = {name: {name} for name in inputs}
+    """By a tensor's name, the inputs that it may be."""
+    unsteady: set[bytes] = set()
+    for graph in graphs:
+        for field, at, end in _fields(data, *graph):
+            if field == _GRAPH_NODE:
+                unsteady |= _misled(data, at, end, origins)
+    return inputs - unsteady
+
+
+def _misled(data: mmap.mmap, at: int, end: int, origins: dict[bytes, set[bytes]]) -> set[bytes]:
+    """The inputs that may mislead a node; what it passes on is added to `origins`."""
+    parts = list(_fields(data, at, end))
+    read: set[bytes] = set()
+    for number, a, b in parts:
+        if number == _NODE_INPUT:
+            read |= origins.get(data[a:b], set())
+        elif number == _NODE_ATTRIBUTE:
+            for kind, graph_at, graph_end in _fields(data, a, b):
+                if kind in _ATTRIBUTE_GRAPHS:
+                    # It sees the tensors around it. Where a name's bytes stand it may be meant.
+                    read |= _mentioned(data, graph_at, graph_end, origins)
+    if not read:
+        return read
+    op = b"".join(data[a:b] for number, a, b in parts if number == _NODE_OP)
+    domain = b"".join(data[a:b] for number, a, b in parts if number == _NODE_DOMAIN)
+    if domain not in (b"", b"ai.onnx") or op not in _COMPUTE | _PASS:
+        return read
+    if op in _PASS:
+        for number, a, b in parts:
+            if number == _NODE_OUTPUT:
+                origins[data[a:b]] = origins.get(data[a:b], set()) | read
+    return set()
+
+
+def _mentioned(data: mmap.mmap, at: int, end: int, origins: dict[bytes, set[bytes]]) -> set[bytes]:
+    return {o for name, found in origins.items() if data.find(name, at, end) >= 0 for o in found}
 
 
 def _unranked(data: mmap.mmap) -> Iterator[str]:

@@ -10,7 +10,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -109,6 +108,7 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         "flags.onnx": zoo.identity("BOOL", [None]),
         "slow.onnx": zoo.slow(40_000),
         "gather.onnx": zoo.failing(),
+        "sort.onnx": zoo.top_k(2000),
     }
     root = tmp_path_factory.mktemp("leases")
     with running_daemon(root, {"EDGED_LIMITS_LEASE_BYTES": "8MiB"}, models=models) as daemon:
@@ -454,31 +454,62 @@ def test_the_worker_dies_and_the_next_one_knows_the_region(daemon: Daemon, raw: 
     assert "error" not in raw.infer("same", [tensor])
 
 
-def test_indices_that_change_while_the_model_runs(daemon: Daemon, raw: Raw, lane: Lane) -> None:
-    """An index is checked and used in the worker's own copy: flipping it in the lease crashes nothing."""
-    region = lane.acquire(4096)
-    index = region.array((64,), np.int64)
-    over = threading.Event()
+FLIPPER = """
+import mmap, os, sys
+memory = mmap.mmap(int(sys.argv[1]), 65536)
+print("begins", flush=True)
+first, second = bytes.fromhex(sys.argv[2]) * 8192, bytes.fromhex(sys.argv[3]) * 8192
+while True:
+    memory[:] = first[:65536]
+    memory[:] = second[:65536]
+"""
 
-    def flip() -> None:
-        while not over.is_set():
-            index[:] = 1 << 40
-            index[:] = 0
 
-    pid = daemon.wait_ready("gather")["pid"]
-    thread = threading.Thread(target=flip)
-    thread.start()
-    try:
-        x = {"name": "x", "datatype": "FP32", "shape": [4], "data": [1.0, 2.0, 3.0, 4.0]}
-        tensor = region.tensor("i", (64,), "INT64", 512)
-        replies = [raw.infer("gather", [x, tensor]) for _ in range(1500)]
-    finally:
-        over.set()
-        thread.join()
-    refused = [r for r in replies if "error" in r]
-    assert not [r for r in refused if code_of(r)[1] == "WORKER_CRASHED"]
-    assert len(refused) < len(replies)
-    assert daemon.wait_ready("gather")["pid"] == pid
+@pytest.mark.parametrize(
+    ("model", "inputs", "count", "first", "second"),
+    [
+        ("gather", ("i", "INT64", 8), 64, "0000000000010000", "0000000000000000"),
+        ("sort", ("x", "FP32", 4), 4096, "0000c07f00000041", "000040400000803f"),
+    ],
+)
+def test_memory_that_changes_while_the_model_runs(
+    daemon: Daemon,
+    raw: Raw,
+    lane: Lane,
+    model: str,
+    inputs: tuple[str, str, int],
+    count: int,
+    first: str,
+    second: str,
+) -> None:
+    """An index that is flipped after its check, and numbers that change under a sort, crash nothing.
+
+    Read in place, either ends the worker with SIGSEGV within some thousand runs.
+    """
+    header, (fd,) = lane.call("lease_acquire", byte_size=65536)
+    name, datatype, item = inputs
+    tensor = {"name": name, "datatype": datatype, "shape": [count]}
+    tensor["parameters"] = {
+        "shared_memory_region": header["region"],
+        "shared_memory_byte_size": count * item,
+    }
+    x = {"name": "x", "datatype": "FP32", "shape": [4], "data": [1.0, 2.0, 3.0, 4.0]}
+    pid = daemon.wait_ready(model)["pid"]
+    command = [sys.executable, "-c", FLIPPER, str(fd), first, second]
+    with subprocess.Popen(command, pass_fds=[fd], stdout=subprocess.PIPE) as flipper:
+        os.close(fd)
+        assert flipper.stdout is not None
+        flipper.stdout.readline()
+        try:
+            replies = [raw.infer(model, [x, tensor] if model == "gather" else [tensor]) for _ in range(1500)]
+        finally:
+            flipper.kill()
+    assert {code_of(r)[1] for r in replies if "error" in r} <= {
+        "RUNTIME_ERROR",
+        "INVALID_INPUT",
+        "REFUSED_BY_RUNTIME",
+    }
+    assert daemon.wait_ready(model)["pid"] == pid
 
 
 def test_leases_end_with_the_daemon(tmp_path: Path) -> None:
