@@ -326,6 +326,15 @@ class InferPlan:
         """
         if self.memories:
             release = functools.partial(_release, tuple(self.memories), release)
+        try:
+            frames = self._fill(buffer)
+        except BaseException:
+            if release is not None:
+                release(True)
+            raise
+        return Request(self._header, frames, release)
+
+    def _fill(self, buffer: Memory | None) -> list[Buffer]:
         frames: list[Buffer] = []
         for tensor, data, offset in self._large:
             tensor.pop("frame", None)
@@ -338,7 +347,7 @@ class InferPlan:
                 dtype = source.dtype.newbyteorder("<")
                 np.copyto(np.ndarray(source.shape, dtype, memoryview(buffer), offset), source)
                 tensor["parameters"] = Place(buffer, offset, source.nbytes).to_wire()
-        return Request(self._header, frames, release)
+        return frames
 
     def _leased(self, tensor: dict[str, Any], data: Array | Buffer, locate: Locate) -> bool:
         if isinstance(data, np.ndarray):

@@ -155,7 +155,7 @@ class LeaseLink:
             answer, fd = self._answer_to(self._last_id, until)
         self._tell_released()
         error = answer.get("error")
-        if error is not None:
+        if error is not None and fd is None:
             raise error_from_wire(error if isinstance(error, dict) else {})
         try:
             name, size = answer.get("region"), answer.get("byte_size")
