@@ -472,6 +472,8 @@ class Daemon:
             case SendResult(job=job):
                 header = {"id": job.request_id, "error": error.to_wire()}
                 self._send("infer", job.route, [wire.encode(header)])
+            case LanePacket(connection=connection, request=asked):
+                self._lanes.send(connection, wire.encode({"id": asked.id, "error": error.to_wire()}))
             case StartRun(worker=worker, run_id=run_id):
                 self._step(RunFailed(worker, run_id, error.code.value, "DAEMON_BUG", text))
             case StartWorker(worker=worker):
