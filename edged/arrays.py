@@ -22,6 +22,7 @@ import numpy.typing as npt
 from edged.errors import InvalidArgument
 
 __all__ = [
+    "DTYPES",
     "VALUE_DATATYPES",
     "Array",
     "Buffer",
@@ -46,7 +47,7 @@ _COPY_BYTES_MAX = 16 * 1024
 _VALUE_DEPTH_MAX = 8
 """ONNX nests types two or three deep; this only stops a hostile or broken reply."""
 
-_DTYPES: dict[str, np.dtype[Any]] = {
+DTYPES: dict[str, np.dtype[Any]] = {
     "BOOL": np.dtype("?"),
     "INT8": np.dtype("i1"),
     "INT16": np.dtype("<i2"),
@@ -60,7 +61,8 @@ _DTYPES: dict[str, np.dtype[Any]] = {
     "FP32": np.dtype("<f4"),
     "FP64": np.dtype("<f8"),
 }
-_DATATYPES: dict[np.dtype[Any], str] = {dtype: datatype for datatype, dtype in _DTYPES.items()}
+"""How each datatype of fixed size is seen by numpy, which has no BF16."""
+_DATATYPES: dict[np.dtype[Any], str] = {dtype: datatype for datatype, dtype in DTYPES.items()}
 
 _LENGTH = struct.Struct("<I")
 
@@ -82,7 +84,7 @@ def dtype_of(datatype: str) -> np.dtype[Any]:
     `object` for BYTES; for BF16 ml_dtypes' bfloat16 where that is installed, else uint16.
     Raises InvalidArgument for a datatype that is none of the protocol's.
     """
-    dtype = _DTYPES.get(datatype)
+    dtype = DTYPES.get(datatype)
     if dtype is not None:
         return dtype
     if datatype == "BYTES":
@@ -124,7 +126,7 @@ def to_raw(array: Array) -> tuple[str, list[int], Buffer]:
         if datatype == "BF16":
             array = np.ascontiguousarray(array).view(np.uint16).reshape(array.shape)
         else:
-            array = array.astype(_DTYPES[datatype])
+            array = array.astype(DTYPES[datatype])
     if array.nbytes <= _COPY_BYTES_MAX:
         return datatype, list(array.shape), array.tobytes()
     # By way of uint8, since memoryview.cast knows neither float16 nor arrays without elements.
@@ -137,7 +139,7 @@ def from_raw(datatype: str, shape: Sequence[int], buffer: Buffer) -> Array:
     Only BYTES becomes a new array, of `bytes` objects. BF16 is ml_dtypes' bfloat16 where that is
     installed, else uint16. Raises InvalidArgument when the bytes do not fit datatype and shape.
     """
-    dtype = _DTYPES.get(datatype)
+    dtype = DTYPES.get(datatype)
     try:
         if dtype is not None:
             return np.frombuffer(buffer, dtype).reshape(shape)

@@ -451,6 +451,13 @@ class Core:
             return
         if self.stopping:
             raise Unavailable("the daemon is stopping", reason="SERVER_STOPPING", retry_after_ms=2000)
+        guard = self.around.guard
+        if guard is not None and guard.level >= resources.Level.REFUSE_LOADS:
+            raise ResourceExhausted(
+                f"memory is short: {'; '.join(guard.reasons)}; send the tensor as a frame",
+                reason="MEMORY_PRESSURE",
+                retry_after_ms=5000,
+            )
         region = self.regions.acquire(event.connection, request.byte_size or 0, event.fresh_name)
         self._out.append(
             GrantRegion(event.connection, request.id, region.id, region.name, region.nbytes),

@@ -17,6 +17,7 @@ from edged.events import (
     ConfigChanged,
     DevicesChanged,
     KillWorker,
+    LaneReply,
     Reply,
     RequestArrived,
     RunDone,
@@ -497,3 +498,13 @@ def test_stopping_ends_with_the_grace_at_the_latest() -> None:
     world.pass_time(world.core.around.config.server.shutdown_grace_s + 0.1)
     assert [world.answer(k) for k in keys] == ["SERVER_STOPPING"] * 4
     assert world.exits == 1
+
+
+def test_no_memory_is_leased_while_it_is_short() -> None:
+    """Quotas are per user; the guard's word holds for all together."""
+    world = World()
+    world.send(Sampled(sample(free=200 << 20)))
+    world.lease()
+    (reply,) = [e for e in world.effects if isinstance(e, LaneReply)]
+    assert reply.header["error"]["reason"] == "MEMORY_PRESSURE"
+    assert world.core.regions.snapshot()["bytes"] == 0

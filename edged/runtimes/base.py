@@ -23,6 +23,7 @@ from typing import Any, Protocol, cast
 
 import numpy as np
 
+from edged import arrays
 from edged.errors import Code
 from edged.tensors import TensorSpec
 
@@ -52,21 +53,7 @@ MODULES = {
 TELEMETRY_OFF = {"ORT_DISABLE_TELEMETRY": "1"}
 """Environment that must stand before a runtime is imported: nothing here phones home."""
 
-DTYPES: dict[str, np.dtype[Any]] = {
-    "BOOL": np.dtype(np.bool_),
-    "INT8": np.dtype("i1"),
-    "INT16": np.dtype("<i2"),
-    "INT32": np.dtype("<i4"),
-    "INT64": np.dtype("<i8"),
-    "UINT8": np.dtype("u1"),
-    "UINT16": np.dtype("<u2"),
-    "UINT32": np.dtype("<u4"),
-    "UINT64": np.dtype("<u8"),
-    "FP16": np.dtype("<f2"),
-    "FP32": np.dtype("<f4"),
-    "FP64": np.dtype("<f8"),
-    "BF16": np.dtype("<u2"),
-}
+DTYPES: dict[str, np.dtype[Any]] = {**arrays.DTYPES, "BF16": np.dtype("<u2")}
 """How each datatype's raw bytes are seen as an array; BF16, which numpy lacks, as its bit patterns."""
 
 TEXT_CHARS_MAX = 500
