@@ -83,7 +83,8 @@ A network of 64-32-10 units, about 0.4 KB each way:
 
 {_rows(tiny)}
 
-One input of 602 KB (1×3×224×224 FP32), an answer of 12 bytes. The echo sends all 602 KB back; "small
+One input of 602 KB (1×3×224×224 FP32), an answer of 12 bytes; made beforehand it goes as a frame, while
+`Client.infer` leases memory for it by itself. The echo sends all 602 KB back; "small
 answer" is an echo that does not, which is the stricter of the two ({one_way_factor:.2f} × of it):
 
 {_rows(large)}
