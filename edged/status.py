@@ -156,7 +156,7 @@ def server_status(core: Core, now_s: float) -> dict[str, Any]:
         "models": [row for t in _ordered(registry.tracks.values()) for row in _model_rows(core, t)],
         "workers": [
             {
-                "pid": w.pid or 0,
+                "pid": w.pid,
                 "runtime": w.runtime,
                 "device": w.device,
                 "models": sorted(registry.instances[i].name for i in w.instances if i in registry.instances),
@@ -226,7 +226,7 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "choice": instance.choice,
         "policy": instance.settings.policy,
         "fallback_reason": instance.fallback_reason or None,
-        "pid": 0 if worker is None else worker.pid or 0,
+        "pid": None if worker is None else worker.pid,
         "rss_bytes": 0 if worker is None else worker.rss_bytes,
         "queue": core.scheduler.queued(instance.id),
         "in_flight": core.running(instance),

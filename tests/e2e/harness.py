@@ -237,7 +237,7 @@ class Daemon:
         """The row of the version that serves."""
         return next((m for m in self.rows(name) if m["serving"]), None)
 
-    def wait_row(self, name: str, wanted: Callable[[dict[str, Any]], bool], what: str) -> dict[str, Any]:
+    def wait_row(self, name: str, wanted: Callable[[dict[str, Any]], object], what: str) -> dict[str, Any]:
         """Waits until a row of this model is as wanted."""
 
         def found() -> dict[str, Any] | None:
@@ -247,7 +247,7 @@ class Daemon:
 
     def wait_ready(self, name: str) -> dict[str, Any]:
         """Waits until a version of this model serves."""
-        return self.wait_row(name, lambda r: r["serving"] and r["state"] == "READY", "serves")
+        return self.wait_row(name, lambda r: r["serving"] and r["state"] == "READY" and r["pid"], "serves")
 
     def wait_refused(self, name: str, reason: str = "") -> dict[str, Any]:
         """Waits until some content of this model is refused."""

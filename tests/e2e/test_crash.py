@@ -180,7 +180,9 @@ def test_a_run_past_its_limit_is_answered_and_its_worker_replaced(tmp_path: Path
             raw.send(slow_request(2, 1))
             assert code_of(raw.receive()[0]) == ("DEADLINE_EXCEEDED", "RUN_TIMEOUT")
             assert daemon.number("neighbour") == 1
-            daemon.wait_row("slow", lambda r: r["serving"] and r["pid"] not in (0, pid), "has another worker")
+            daemon.wait_row(
+                "slow", lambda r: r["serving"] and r["pid"] not in (None, pid), "has another worker"
+            )
             daemon.wait_ready("slow")
             raw.send(slow_request(3, 1))
             assert "outputs" in raw.receive()[0]

@@ -456,7 +456,7 @@ def test_the_worker_dies_and_the_next_one_knows_the_region(daemon: Daemon, raw: 
     assert "error" not in raw.infer("same", [tensor])
     pid = daemon.wait_ready("same")["pid"]
     os.kill(pid, signal.SIGKILL)
-    daemon.wait_row("same", lambda r: r["pid"] not in (0, pid) and r["state"] == "READY", "is back")
+    daemon.wait_row("same", lambda r: r["pid"] not in (None, pid) and r["state"] == "READY", "is back")
     assert "error" not in raw.infer("same", [tensor])
 
 
