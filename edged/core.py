@@ -100,7 +100,7 @@ RUN_GRACE_S = 2.0
 """From asking the runtime to stop a run until its worker is killed."""
 
 SPIN_RUN_MAX_S, SPIN_S = 100e-6, 150e-6
-"""Spinning pays while a run of at most 100 µs is out, and for at most 150 µs; longer ones gain nothing."""
+"""The runs whose answer is looked for without sleeping, and the most that each may cost the supervisor."""
 
 LOG_LEVELS = ("debug", "info", "warning", "error")
 

@@ -592,6 +592,9 @@ class Daemon:
         except WorkerGone:
             self._hung_up(worker, process)
             return
+        self._end_runs(worker, packets)
+
+    def _end_runs(self, worker: int, packets: list[list[Any]]) -> None:
         for packet in packets:
             if packet[0] == "done":
                 self._step(RunDone(worker, packet[1], packet[3], packet[4]))
@@ -618,11 +621,7 @@ class Daemon:
             return
         # What the worker said before it ended is still told, and in its order.
         with contextlib.suppress(WorkerGone):
-            for packet in process.recv_data():
-                if packet[0] == "done":
-                    self._step(RunDone(worker, packet[1], packet[3], packet[4]))
-                elif packet[0] == "failed":
-                    self._step(RunFailed(worker, packet[1], packet[3], packet[4], packet[5]))
+            self._end_runs(worker, process.recv_data())
         self._unwatch(process.data_fd)
         self._unwatch(process.control_fd)
         del self._workers[worker]
