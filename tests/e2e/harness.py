@@ -26,6 +26,7 @@ import pytest
 import zmq
 
 from edged import Client
+from edged.errors import Unavailable
 
 __all__ = ["ROOT", "WAIT_S", "Daemon", "Raw", "code_of", "descendants", "running_daemon", "until"]
 
@@ -262,14 +263,22 @@ class Daemon:
         answer = self.client.infer(name, {"x": ones()})
         return whole_number(answer)
 
-    def wait_number(self, number: float, name: str = "m") -> None:
-        """Waits until a `zoo.versioned` model answers `number`; until then it may be away."""
+    def wait_number(self, number: float, name: str = "m", *, gap: bool = False) -> None:
+        """Waits until a `zoo.versioned` model answers `number`; a version that serves must answer.
+
+        With `gap` it may leave between the look at its row and the question, as with `swap = "replace"`.
+        """
         seen: list[float] = []
 
         def asked() -> bool:
             if self.serving(name) is None:
                 return False
-            seen[:] = [self.number(name)]
+            try:
+                seen[:] = [self.number(name)]
+            except Unavailable:
+                if not gap:
+                    raise
+                return False
             return seen[0] == number
 
         until(asked, what=lambda: f"{name} answers {number}; it answered {seen}, {self.rows(name)}")

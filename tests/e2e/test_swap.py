@@ -100,8 +100,8 @@ def test_replace_unloads_first_and_puts_the_old_one_back(tmp_path: Path) -> None
         zoo.write(daemon.models / "m.onnx", zoo.versioned(1))
         daemon.start()
         zoo.write(daemon.models / "m.onnx", zoo.versioned(2))
-        daemon.wait_number(2)
+        daemon.wait_number(2, gap=True)
         zoo.write(daemon.models / "m.onnx", zoo.sigfpe())
         daemon.wait_refused("m")
-        daemon.wait_number(2)
+        daemon.wait_number(2, gap=True)
         assert daemon.stop() == 0
