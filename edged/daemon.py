@@ -1,8 +1,8 @@
 """The daemon: the loop that turns what happens into events and carries out the core's effects.
 
 The only module that composes. One thread, no locks: the loop waits on one epoll (the ROUTERs' descriptors,
-the workers' sockets, the probes, the wake-up of other threads, signals), makes an event of each thing that
-it finds, asks the core, and does what the core says. It never runs a model, never parses a model file and
+those of the children, the wake-up of other threads, signals), makes an event of each thing that it finds,
+asks the core, and does what the core says. It never runs a model, never parses a model file and
 never waits for a disk; what is slow goes to the helper thread.
 """
 
@@ -29,8 +29,9 @@ from typing import Any, cast
 import zmq
 
 from edged import status, wire
-from edged.arena import ArenaBoundsError, aligned
+from edged.arena import ArenaBoundsError
 from edged.catalog import LevelName
+from edged.children import Children
 from edged.config import Config, ConfigError
 from edged.core import Core, Identity
 from edged.devices import Candidate, matches
@@ -51,7 +52,6 @@ from edged.events import (
     ForgetModel,
     FreeRegion,
     GrantRegion,
-    InstanceLoaded,
     InstanceLoadFailed,
     KillWorker,
     LaneBadPacket,
@@ -66,14 +66,12 @@ from edged.events import (
     Measured,
     PrepareLoad,
     Probe,
-    Probed,
     Publish,
     Ready,
     RegionFailed,
     RememberChoice,
     Reply,
     RequestArrived,
-    RunDone,
     RunFailed,
     Sampled,
     Scan,
@@ -90,15 +88,13 @@ from edged.events import (
     StopMeasure,
     Tick,
     UnloadInstance,
-    WorkerHello,
 )
 from edged.events import WorkerGone as WorkerGoneEvent
 from edged.helper import Helper, Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
 from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
-from edged.messages import RegionPart, Route
-from edged.process import ProbeProcess, Spawner, WorkerGone, WorkerLimits, WorkerProcess
+from edged.messages import Route
 from edged.repository import Entry, Snapshot, scan
 from edged.store import LastGood, Store, StoreError
 from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes
@@ -110,12 +106,6 @@ __all__ = ["Daemon", "main"]
 
 MESSAGES_PER_TURN = 32
 """Taken from one ROUTER before the workers have their turn."""
-
-REAP_S = 0.005
-"""How often a worker that hung up is asked how it ended: the kernel may still be freeing its memory."""
-
-REAP_MAX_S = 2.0
-"""After which one that hung up and lives on is killed."""
 
 FLUSH_S, FLUSH_MAX_S = 0.005, 0.25
 """How often replies that a slow client had no room for are tried again, at first and when nothing moves."""
@@ -149,15 +139,6 @@ _FIXED: dict[str, tuple[str, ...] | None] = {
 """Settings that a reload cannot change; None stands for the whole section."""
 
 
-class _Reaping:
-    """A worker that hung up, until the kernel has told how it ended."""
-
-    def __init__(self, worker: int, process: WorkerProcess, now_s: float) -> None:
-        self.worker = worker
-        self.process = process
-        self.kill_at_s = now_s + REAP_MAX_S
-
-
 class Daemon:
     """Everything that the daemon holds, and its loop. Used by `main`; a context manager."""
 
@@ -167,19 +148,12 @@ class Daemon:
         self._reload = reload
         self._stack = contextlib.ExitStack()
         self._running = True
-        self._handlers: dict[type[Effect], Callable[[Any], None]] = self._effect_table()
-        self._workers: dict[int, WorkerProcess] = {}
+        self._handlers: dict[type[Effect], Callable[[Any], None]] = {}
         self._fds: dict[int, Callable[[], None]] = {}
-        self._reaping: list[_Reaping] = []
-        self._probes: dict[ProbeProcess, float] = {}
-        self._measure: tuple[int, WorkerProcess] | None = None
-        self._doomed: list[WorkerProcess] = []
         self._limiter = RateLimiter()
         self._scan_at_s: float | None = 0.0
         self._scanning = False
-        self._owners: dict[int, WorkerProcess] = {}
-        """Whose a descriptor is, for those that are a worker's."""
-        self._reap_at_s = self._flush_at_s = math.inf
+        self._flush_at_s = math.inf
         self._flush_pause_s = FLUSH_S
         self._unasked: set[Router] = set()
         """ROUTERs that were used since they were last asked whether something waits."""
@@ -221,9 +195,17 @@ class Daemon:
         self._open_wakeups()
         self._sampler = Sampler(config.server.state_dir)
         stack.callback(self._sampler.close)
-        pythons = {name: r.python for name, r in config.runtimes.items() if r.python is not None}
-        self._spawner = Spawner(pythons=pythons, environ=os.environ)
-        stack.callback(self._spawner.close)
+        self._children = Children(
+            loop=self,
+            step=self._step,
+            region_fd=lambda region: self._lanes.region_fd(region),
+            pythons={name: r.python for name, r in config.runtimes.items() if r.python is not None},
+            environ=os.environ,
+            measure_file_bytes=4 * config.limits.message_bytes,
+            probe_timeout_s=lambda: self._config.devices.probe_timeout_s,
+        )
+        stack.callback(self._children.close)
+        self._handlers = self._effect_table()
         cpus = available_cpus()
         self._may_spin = cpus > 1
         machine = Machine(
@@ -251,7 +233,6 @@ class Daemon:
         self._rescan_at_s = now_s + config.loading.rescan_s
         self._status_at_s = now_s
         self._status = ""
-        self._templates: dict[str, int] = {}
         self._devices_seen = _device_nodes()
         self._awake_s = _asleep_s()
 
@@ -271,7 +252,7 @@ class Daemon:
             self._dir.claim(endpoint, group)
             self._routers[name] = router
             self._unasked.add(router)
-            self._watch(router.fd, partial(self._unasked.add, router))
+            self.watch(router.fd, partial(self._unasked.add, router))
         self._events = bind_events(context, self._dir.events)
         self._stack.callback(self._events.close)
         self._dir.claim(self._dir.events, "edged")
@@ -288,13 +269,13 @@ class Daemon:
         )
         self._stack.callback(self._lanes.close)
         self._dir.claim(self._dir.lease, "edged")
-        self._watch(self._lanes.fd, self._lanes_ready)
+        self.watch(self._lanes.fd, self._lanes_ready)
 
     def _open_wakeups(self) -> None:
         wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
         self._stack.callback(os.close, wake)
         self._mailbox = Mailbox(lambda: os.eventfd_write(wake, 1))
-        self._watch(wake, lambda: self._take_mail(wake))
+        self.watch(wake, lambda: self._take_mail(wake))
         reader, writer = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         self._stack.callback(os.close, reader)
         self._stack.callback(os.close, writer)
@@ -303,16 +284,18 @@ class Daemon:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             before = signal.signal(number, lambda *_: None)
             self._stack.callback(signal.signal, number, before)
-        self._watch(reader, lambda: self._take_signals(reader))
+        self.watch(reader, lambda: self._take_signals(reader))
 
-    def _watch(self, fd: int, ready: Callable[[], None]) -> None:
+    def watch(self, fd: int, ready: Callable[[], None]) -> None:
+        """Calls `ready` whenever `fd` is readable."""
         self._fds[fd] = ready
         self._epoll.register(fd, select.EPOLLIN)
 
-    def _unwatch(self, fd: int) -> None:
-        self._owners.pop(fd, None)
+    def unwatch(self, fd: int) -> None:
+        """No longer; a descriptor that is closed already has left by itself."""
         if self._fds.pop(fd, None) is not None:
-            self._epoll.unregister(fd)
+            with contextlib.suppress(OSError):
+                self._epoll.unregister(fd)
 
     # ------------------------------------------------------------------ the loop
 
@@ -336,8 +319,8 @@ class Daemon:
             self._journal.emit("store_failed", DETAIL=notice)
         if find_spec("onnxruntime") is not None and "onnxruntime" not in config.runtimes:
             # Nearly every model starts there: importing it now saves the first load that time.
-            self._spawner.start_template("onnxruntime")
-        for runtime, device in self._spawner.list_probes():
+            self._children.spawner.start_template("onnxruntime")
+        for runtime, device in self._children.spawner.list_probes():
             candidate = Candidate(runtime, device)
             if not any(matches(token, candidate) for token in self._config.devices.exclude):
                 self._core.placement.probe(candidate)
@@ -374,9 +357,7 @@ class Daemon:
                 ready()
             except Exception:  # noqa: BLE001 - the loop's edge: what one descriptor brings ends no other
                 self._note_bug(traceback.format_exc())
-                process = self._owners.get(fd)
-                if process is not None:
-                    process.kill()  # a descriptor that stays readable would bring the same again
+                self._children.kill_owner(fd)  # what stays readable would bring the same again
 
     def _spin(self, now_s: float) -> bool:
         """While a short run is out, looks for its answer without sleeping: a wake-up costs more than the run.
@@ -399,7 +380,7 @@ class Daemon:
     """When `_timers` is to run at the latest; kept current by `_due_s`."""
 
     def _due_s(self) -> float:
-        due = min(self._sample_at_s, self._reap_at_s, self._flush_at_s)
+        due = min(self._sample_at_s, self._children.reap_at_s, self._flush_at_s)
         if self._scan_at_s is not None and not self._scanning and self._scan_at_s < due:
             due = self._scan_at_s
         core_due = self._core.next_due_s()
@@ -411,7 +392,7 @@ class Daemon:
     def _timers(self, now_s: float) -> None:
         for due_s, task in (
             (self._flush_at_s, self._flush),
-            (self._reap_at_s, self._reap),
+            (self._children.reap_at_s, self._children.reap),
             (self._scan_at_s, self._begin_scan),
             (self._sample_at_s, self._sample),
         ):
@@ -572,150 +553,18 @@ class Daemon:
         """From the watcher's thread."""
         self._mailbox.put(_LookAgain())
 
-    # ------------------------------------------------------------------ workers
-
-    def _start_worker(self, effect: StartWorker) -> None:
-        limits = WorkerLimits(effect.data_bytes, effect.file_bytes)
-        try:
-            process = self._spawner.spawn(effect.runtime, gpu=effect.gpu, limits=limits, slots=effect.slots)
-        except OSError as e:  # no memory, no descriptors
-            self._step(WorkerGoneEvent(effect.worker, f"it could not be started: {e.strerror}"))
-            return
-        self._workers[effect.worker] = process
-        self._owners[process.data_fd] = self._owners[process.control_fd] = process
-        self._watch(process.data_fd, lambda: self._worker_data(effect.worker, process))
-        self._watch(process.control_fd, lambda: self._worker_control(effect.worker, process))
-
-    def _worker_data(self, worker: int, process: WorkerProcess) -> None:
-        try:
-            packets = process.recv_data()
-        except WorkerGone:
-            self._hung_up(worker, process)
-            return
-        self._end_runs(worker, packets)
-
-    def _end_runs(self, worker: int, packets: list[list[Any]]) -> None:
-        for packet in packets:
-            if packet[0] == "done":
-                self._step(RunDone(worker, packet[1], packet[3], packet[4]))
-            elif packet[0] == "failed":
-                self._step(RunFailed(worker, packet[1], packet[3], packet[4], packet[5]))
-
-    def _worker_control(self, worker: int, process: WorkerProcess) -> None:
-        try:
-            packets = process.recv_control()
-        except WorkerGone:
-            self._hung_up(worker, process)
-            return
-        for packet in packets:
-            match packet:
-                case ["hello", pid, *_]:
-                    self._step(WorkerHello(worker, pid))
-                case ["loaded", instance, info]:
-                    self._step(InstanceLoaded(worker, instance, info))
-                case ["load_failed", instance, code, reason, message]:
-                    self._step(InstanceLoadFailed(worker, instance, code, reason, message))
-
-    def _hung_up(self, worker: int, process: WorkerProcess) -> None:
-        if self._workers.get(worker) is not process:
-            return
-        # What the worker said before it ended is still told, and in its order.
-        with contextlib.suppress(WorkerGone):
-            self._end_runs(worker, process.recv_data())
-        self._unwatch(process.data_fd)
-        self._unwatch(process.control_fd)
-        del self._workers[worker]
-        self._reaping.append(_Reaping(worker, process, time.monotonic()))
-        self._reap(time.monotonic())
-
-    def _reap(self, now_s: float) -> None:
-        for reaping in list(self._reaping):
-            how = reaping.process.reap()
-            if how is None:
-                if now_s >= reaping.kill_at_s:
-                    reaping.process.kill()
-                continue
-            self._reaping.remove(reaping)
-            reaping.process.close()
-            self._step(WorkerGoneEvent(reaping.worker, how))
-        for process in list(self._doomed):
-            if process.reap() is not None:
-                self._doomed.remove(process)
-        self._reap_at_s = now_s + REAP_S if self._reaping or self._doomed else math.inf
-
-    def _tell(self, worker: int, packet: list[Any]) -> None:
-        process = self._workers.get(worker)
-        if process is None:
-            return
-        try:
-            if not process.send_control(packet):
-                process.kill()  # its control thread has not read for hundreds of packets
-        except WorkerGone:
-            self._hung_up(worker, process)
-
-    def _start_run(self, effect: StartRun) -> None:
-        process = self._workers.get(effect.worker)
-        if process is None:
-            return  # It hung up; its end is about to be told, and answers this run.
-        total = sum([aligned(len(tensor.raw)) for tensor in effect.inputs])
-        at, tensors, leased = 0, [], effect.into is not None
-        try:
-            view = process.arena.slot_view(effect.slot, total)
-            for tensor in effect.inputs:
-                part = tensor.part
-                if part is not None:
-                    leased = True
-                    tensors.append(
-                        [tensor.name, tensor.datatype, tensor.shape, part.offset, part.nbytes, part.region]
-                    )
-                    continue
-                size = len(tensor.raw)
-                view[at : at + size] = tensor.raw
-                tensors.append([tensor.name, tensor.datatype, tensor.shape, at, size])
-                at = aligned(at + size)
-            packet = ["run", effect.run_id, effect.instance, effect.slot, tensors, effect.outputs]
-            if leased:
-                packet.append(self._share_regions(process, effect))
-            if not process.send_run(packet):
-                process.kill()  # two packets outstanding at most: a full socket is a worker gone wrong
-        except ResourceExhausted as e:
-            self._step(RunFailed(effect.worker, effect.run_id, e.code.value, e.reason or "", e.message))
-        except WorkerGone:
-            self._hung_up(effect.worker, process)
-
-    def _share_regions(self, process: WorkerProcess, effect: StartRun) -> dict[str, list[int]]:
-        """Gives a worker the leased memory that a run uses, each region once; returns where outputs go."""
-        into = effect.into or {}
-        parts = [tensor.part for tensor in effect.inputs if tensor.part is not None]
-        for part in (*parts, *into.values()):
-            if part.region not in process.regions:
-                if not process.send_control(["region", part.region], self._lanes.region_fd(part.region)):
-                    process.kill()  # its control thread has not read for hundreds of packets
-                process.regions.add(part.region)
-        return {name: [part.region, part.offset, part.nbytes] for name, part in into.items()}
+    # ------------------------------------------------------------------ what goes out
 
     def _send_result(self, effect: SendResult) -> None:
-        process = self._workers[effect.worker]
-        outputs: list[wire.Output] = []
-        into = effect.job.into
-        landed: dict[str, RegionPart] | None = None if into is None else {}
         try:
-            for row in effect.outputs:
-                if row[2] is None:
-                    outputs.append((row[0], row[1], None, row[5]))
-                elif into is not None and landed is not None and row[0] in into:
-                    landed[row[0]] = _landed(into[row[0]], row[4])
-                    outputs.append((row[0], row[1], row[2], b""))
-                else:
-                    outputs.append((row[0], row[1], row[2], process.arena.read(effect.slot, row[3], row[4])))
+            outputs, landed = self._children.outputs(effect)
         except ArenaBoundsError as e:
-            self._note_bug(f"worker {process.pid} named bytes that it has not: {e}")
+            self._note_bug(str(e))
             error = Internal(
                 f"model '{effect.name}': its worker's answer was out of bounds", reason="WORKER_FAULT"
             )
             header = {"id": effect.job.request_id, "error": error.to_wire()}
             self._send("infer", effect.job.route, [wire.encode(header)])
-            process.kill()
             return
         frames = wire.encode_infer_reply(
             effect.job.request_id, effect.name, effect.version, outputs, effect.parameters, landed
@@ -741,70 +590,11 @@ class Daemon:
 
     def _free_region(self, effect: FreeRegion) -> None:
         self._lanes.free(effect.region)
-        for worker, process in list(self._workers.items()):
-            if effect.region in process.regions:
-                process.regions.discard(effect.region)
-                self._tell(worker, ["region_gone", effect.region])
+        self._children.forget_region(effect.region)
 
     def _shrink(self) -> None:
-        known = self._core.workers.table
-        for worker, process in list(self._workers.items()):
-            self._tell(worker, ["shrink"])
-            if worker in known:
-                for slot in known[worker].free_slots:  # the others are in use
-                    process.arena.shrink(slot)
-
-    # ------------------------------------------------------------------ probes and measurements
-
-    def _probe(self, effect: Probe) -> None:
-        probe = self._spawner.probe(effect.runtime, effect.device)
-        self._probes[probe] = time.monotonic() + self._config.devices.probe_timeout_s
-        self._watch(probe.fd, lambda: self._probe_ready(probe, probe.fd))
-
-    def _probe_ready(self, probe: ProbeProcess, fd: int) -> None:
-        # The child closes its end and then exits; until it has, the descriptor stays readable.
-        verdict = probe.result()
-        if verdict is None:
-            return
-        self._fds.pop(fd, None)
-        with contextlib.suppress(OSError):
-            self._epoll.unregister(fd)
-        self._probes.pop(probe, None)
-        self._step(Probed(verdict))
-
-    def _start_measure(self, effect: StartMeasure) -> None:
-        process = self._spawner.spawn_measurer(
-            limits=WorkerLimits(effect.data_bytes, 4 * self._config.limits.message_bytes)
-        )
-        self._measure = (effect.measure, process)
-        self._watch(process.control_fd, lambda: self._measure_ready(effect.measure, process))
-        with contextlib.suppress(WorkerGone):
-            process.send_control(["measure", effect.spec])
-
-    def _measure_ready(self, measure: int, process: WorkerProcess) -> None:
-        try:
-            packets = process.recv_control()
-        except WorkerGone:
-            self._end_measure(process)
-            self._step(Measured(measure, None, process.reap() or "its worker ended"))
-            return
-        for packet in packets:
-            if packet[0] == "measured":
-                self._end_measure(process)
-                self._step(Measured(measure, packet[1]))
-                return
-
-    def _end_measure(self, process: WorkerProcess) -> None:
-        self._measure = None
-        self._unwatch(process.control_fd)
-        process.close()
-        process.kill()
-        self._doomed.append(process)
-        self._reap_at_s = time.monotonic() + REAP_S
-
-    def _stop_measure(self, effect: StopMeasure) -> None:
-        if self._measure is not None and self._measure[0] == effect.measure:
-            self._end_measure(self._measure[1])
+        # Only free slots: the others are in use.
+        self._children.shrink({w.id: w.free_slots for w in self._core.workers.table.values()})
 
     # ------------------------------------------------------------------ the folder and the store
 
@@ -877,14 +667,8 @@ class Daemon:
         pids = [w.pid for w in core.workers.table.values() if w.pid is not None]
         self._step(Sampled(self._sampler.sample(pids)))
         self._lanes.rested()
-        self._spawner.drain()
-        templates = self._spawner.templates()
-        for runtime in self._templates.keys() - templates.keys():
-            self._journal.emit("template_crashed", RUNTIME=runtime, PID=self._templates[runtime])
-        self._templates = templates
-        for probe, until_s in list(self._probes.items()):
-            if now_s >= until_s:
-                probe.kill()
+        for runtime, pid in self._children.look_after(now_s).items():
+            self._journal.emit("template_crashed", RUNTIME=runtime, PID=pid)
         nodes, asleep_s = _device_nodes(), _asleep_s()
         if nodes != self._devices_seen or asleep_s > self._awake_s + 5.0:
             self._devices_seen = nodes
@@ -910,20 +694,21 @@ class Daemon:
     # ------------------------------------------------------------------ effects
 
     def _effect_table(self) -> dict[type[Effect], Callable[[Any], None]]:
+        children = self._children
         return {
             Reply: lambda e: self._send(e.socket, e.route, [wire.encode(e.header)]),
             SendResult: self._send_result,
-            StartRun: self._start_run,
+            StartRun: children.start_run,
             GrantRegion: self._grant_region,
             LaneReply: lambda e: self._lanes.send(e.connection, wire.encode(e.header)),
             FreeRegion: self._free_region,
-            CancelRun: lambda e: self._tell(e.worker, ["cancel", e.run_id]),
-            StartWorker: self._start_worker,
-            LoadInstance: lambda e: self._tell(e.worker, ["load", e.instance, e.spec]),
-            CancelLoad: lambda e: self._tell(e.worker, ["cancel_load", e.instance]),
-            UnloadInstance: lambda e: self._tell(e.worker, ["unload", e.instance]),
-            EndWorker: lambda e: self._tell(e.worker, ["exit"]),
-            KillWorker: self._kill_worker,
+            CancelRun: lambda e: children.tell(e.worker, ["cancel", e.run_id]),
+            StartWorker: children.start_worker,
+            LoadInstance: lambda e: children.tell(e.worker, ["load", e.instance, e.spec]),
+            CancelLoad: lambda e: children.tell(e.worker, ["cancel_load", e.instance]),
+            UnloadInstance: lambda e: children.tell(e.worker, ["unload", e.instance]),
+            EndWorker: lambda e: children.tell(e.worker, ["exit"]),
+            KillWorker: lambda e: children.kill(e.worker),
             ShrinkWorkers: lambda _: self._shrink(),
             Stage: self._stage,
             PrepareLoad: self._prepare_load,
@@ -933,20 +718,15 @@ class Daemon:
             RememberChoice: lambda e: self._in_store(lambda s: s.remember_choice(e.key, e.choice)),
             Collect: lambda e: self._in_store(lambda s: s.collect(set(e.in_use))),
             Scan: self._scan,
-            Probe: self._probe,
-            StartMeasure: self._start_measure,
-            StopMeasure: self._stop_measure,
+            Probe: children.probe,
+            StartMeasure: children.start_measure,
+            StopMeasure: children.stop_measure,
             Publish: self._publish,
             Log: self._log,
             SetLogLevel: self._set_log_level,
             Ready: lambda _: self._ready(),
             Exit: lambda _: self._exit(),
         }
-
-    def _kill_worker(self, effect: KillWorker) -> None:
-        process = self._workers.get(effect.worker)
-        if process is not None:
-            process.kill()
 
     def _publish(self, effect: Publish) -> None:
         effect.payload["time_ns"] = time.time_ns()
@@ -980,24 +760,9 @@ class Daemon:
 
     def _stop(self) -> None:
         """Ends every child; the sockets and locks go with the stack."""
-        if self._measure is not None:
-            self._end_measure(self._measure[1])
-        for probe in self._probes:
-            probe.close()
-        processes = [*self._workers.values(), *[r.process for r in self._reaping], *self._doomed]
-        for process in processes:
-            with contextlib.suppress(WorkerGone):
-                process.send_control(["exit"])
+        self._children.end()
         self._helper.close(5.0)
-        until_s = time.monotonic() + 1.0
-        while any(p.reap() is None for p in processes):
-            if time.monotonic() >= until_s:
-                for process in processes:
-                    process.kill()
-                until_s += 1.0
-            select.select([], [], [], REAP_S)
-        for process in processes:
-            process.close()
+        self._children.wait_ended()
         self._journal.emit("server_stopped")
 
 
@@ -1023,13 +788,6 @@ def _keep_fixed(old: Config, new: Config) -> tuple[Config, list[str]]:
         changed += [f"{section}.{n}" for n in names if getattr(before, n) != getattr(after, n)]
         new = replace(new, **{section: replace(after, **{n: getattr(before, n) for n in names})})
     return new, changed
-
-
-def _landed(place: RegionPart, nbytes: Any) -> RegionPart:
-    """What of `place` a worker says that it has written. Raises ArenaBoundsError for more than it has."""
-    if type(nbytes) is not int or not 0 <= nbytes <= place.nbytes:
-        raise ArenaBoundsError(f"{nbytes} bytes of a region's part of {place.nbytes}")
-    return RegionPart(place.region, place.name, place.offset, nbytes)
 
 
 def _descriptors_max() -> int:

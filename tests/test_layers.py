@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "entries choosing status",
         "core",
         "helper transport store watcher system journal process",
-        "lanes",
+        "lanes children",
         "daemon",
         "cli.edged",
     )
