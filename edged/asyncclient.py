@@ -175,9 +175,11 @@ class AsyncClient:
         """As Client.unload."""
         await self._ask("repository_model_unload", name, timeout=timeout, socket=ADMIN_SOCKET)
 
-    async def server_status(self, *, timeout: float | None = None) -> dict[str, Any]:
+    async def server_status(
+        self, model: str | None = None, *, timeout: float | None = None
+    ) -> dict[str, Any]:
         """As Client.server_status."""
-        return await self._ask("server_status", timeout=timeout, socket=ADMIN_SOCKET)
+        return await self._ask("server_status", model, timeout=timeout, socket=ADMIN_SOCKET)
 
     async def log_settings(self, level: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
         """As Client.log_settings."""

@@ -244,9 +244,12 @@ class Client:
         """Takes a model out of service until it is loaded again or its bytes change (admin)."""
         self._ask("repository_model_unload", name, timeout=timeout, socket=ADMIN_SOCKET)
 
-    def server_status(self, *, timeout: float | None = None) -> dict[str, Any]:
-        """Everything that the daemon says about itself: devices, resources, models, workers (admin)."""
-        return self._ask("server_status", timeout=timeout, socket=ADMIN_SOCKET)
+    def server_status(self, model: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
+        """Everything that the daemon says about itself: devices, resources, models, workers (admin).
+
+        With `model` also its `history`: what happened last, as the log tells it, the oldest first.
+        """
+        return self._ask("server_status", model, timeout=timeout, socket=ADMIN_SOCKET)
 
     def log_settings(self, level: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
         """The daemon's log settings, after setting `level` if one is given (admin)."""

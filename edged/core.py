@@ -72,6 +72,7 @@ from edged.events import (
     WorkerGone,
     WorkerHello,
 )
+from edged.happenings import Happenings
 from edged.instances import SLOTS_PER_WORKER, Instance, InstanceState, Machine, Surroundings, Worker
 from edged.lifecycle import RUN_HUNG, Lifecycle
 from edged.messages import InputTensor, Peer, RegionPart, RequestId, Route, TensorData
@@ -148,6 +149,8 @@ class Core:
         self.spin_until_s = 0.0
         """Until then the answer of a short run is so near that sleeping for it would take longer."""
         self.sample: resources.Sample | None = None
+        self.happenings = Happenings()
+        self._now_s = now_s
         self.counters = {"requests": 0, "refused": 0, "bad_messages": 0, "inferences": 0}
         self._stop_at_s = math.inf
         self._seq = 0
@@ -219,6 +222,7 @@ class Core:
 
     def handle(self, event: Event, now_s: float) -> list[Effect]:
         """What follows from `event` at `now_s` (CLOCK_MONOTONIC, seconds)."""
+        self._now_s = now_s
         handler = self._handlers.get(type(event))
         if handler is not None:
             handler(event, now_s)
@@ -249,6 +253,8 @@ class Core:
             self._seq += 1
             effect.payload["seq"] = self._seq
             effect.payload["instance_id"] = self.identity.instance_id
+        elif isinstance(effect, Log):
+            self.happenings.note(effect.kind, effect.fields, self._now_s + self.epoch_offset_s)
         self._out.append(effect)
 
     # ------------------------------------------------------------------ requests
@@ -848,7 +854,7 @@ class Core:
                 self.entries.unload(request.model_name, now_s)
                 self._slow_due_s = self._slow_due(now_s)
             case "server_status":
-                return status.server_status(self, now_s)
+                return status.server_status(self, now_s, model=request.model_name)
             case "log_settings":
                 return self._log_settings(event)
             case method:

@@ -130,10 +130,13 @@ def _ordered(tracks: Iterable[Track]) -> list[Track]:
     return sorted(tracks, key=lambda t: (t.name, t.explicit_version or 0))
 
 
-def server_status(core: Core, now_s: float) -> dict[str, Any]:
-    """Everything that an operator may want to know."""
+def server_status(core: Core, now_s: float, *, model: str = "") -> dict[str, Any]:
+    """Everything that an operator may want to know; `model` names one whose `history` is wanted too.
+
+    Raises NotFound for a model that is not there and never was, as far as is remembered.
+    """
     registry, server = core.registry, core.around.config.server
-    return {
+    status: dict[str, Any] = {
         "name": "edged",
         "version": core.identity.version,
         "instance_id": core.identity.instance_id,
@@ -173,6 +176,16 @@ def server_status(core: Core, now_s: float) -> dict[str, Any]:
         "leases": core.regions.snapshot(),
         "counters": dict(core.counters),
     }
+    if model:
+        status["history"] = _history(core, model)
+    return status
+
+
+def _history(core: Core, model: str) -> list[dict[str, Any]]:
+    happened = core.happenings.of(model)
+    if not happened and model not in core.registry.names():
+        raise NotFound(f"no model '{cut(model)}'; `edgectl models` lists them", reason="MODEL_NOT_FOUND")
+    return [each.to_wire() for each in happened]
 
 
 def _resources(core: Core) -> dict[str, Any]:
@@ -233,6 +246,16 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "infer_count": stats.inference_count,
         "error_count": stats.error_count,
         "p50_us": stats.histogram.quantile_us(0.5),
+        "p99_us": stats.histogram.quantile_us(0.99),
+        "ready_ms": int((instance.ready_s + core.epoch_offset_s) * 1000) if instance.ready_s else 0,
+        "source": instance.entry.model_file,
+        "settings": _settings(instance),
+        "settings_file": None if instance.entry.settings_file is None else instance.entry.settings_file.path,
+        "tried": [
+            {"runtime": c.runtime, "device": c.device, "reason": reason, "message": message}
+            for c, reason, message in instance.errors
+        ],
+        "crashes": instance.crashes,
         "restarts": instance.restarts,
         "load_ms": info.get("load_ms", 0),
         "measured": [
@@ -247,6 +270,14 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
             for c, m in instance.measured.items()
         ],
     }
+
+
+def _settings(instance: Instance) -> dict[str, Any]:
+    """What the model's settings say beyond the defaults; of golden samples only how many."""
+    plain = instance.settings.to_wire()
+    if "golden" in plain:
+        plain["golden"] = len(plain["golden"])
+    return plain
 
 
 def status_text(core: Core) -> str:

@@ -16,7 +16,7 @@ FILES = {
 }
 PURE = ("messages", "wire", "tensors", "errors", "scheduler", "statistics", "devices", "events", "instances")
 PURE += ("registry", "workers", "placement", "turns", "retirement", "lifecycle", "entries")
-PURE += ("choosing", "core", "status", "resources", "regions")
+PURE += ("choosing", "core", "status", "resources", "regions", "happenings")
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
 
@@ -25,7 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors version",
         "tensors messages units",
-        "wire config resources scheduler statistics regions",
+        "wire config resources scheduler statistics regions happenings",
         "repository devices",
         "events",
         "instances",
