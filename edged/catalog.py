@@ -336,14 +336,15 @@ _EVENTS: dict[str, Event] = {
         "15001985f2e74dcc88a4bdeec148da60",
         "warning",
         "Log records were dropped",
-        "The log could not be written as fast as records came; COUNT are missing at this point.",
+        "The log could not be written as fast as records came, or not at all for a while; COUNT are missing "
+        "at this point. If journald did not read, `systemctl status systemd-journald` says why.",
     ),
     "systemd_missing": Event(
         "73a02c5d50d443629d7a202068b72f4b",
         "info",
         "Records go to standard error instead of the journal",
-        "REASON says why. Install edged with the extra [systemd], or Debian's python3-systemd, for "
-        "searchable fields.",
+        "The journal was asked for and REASON says why it cannot be had. Searchable fields come as soon as "
+        "journald listens; until then the same records are lines on standard error.",
     ),
 }
 

@@ -1,34 +1,37 @@
 """The log: one record for each event, to the journal, to a terminal, or as JSON lines.
 
 `Journal.emit` takes a kind from the catalog and fields, and never blocks or raises: records go through
-a bounded queue to one writer thread, since journald and a terminal may both stall. What does not fit is
-counted and said as soon as there is room. What a client can provoke passes a `RateLimiter` first, which
-is pure: it is told the time.
+a bounded queue to one writer thread, since journald and a terminal may both stall. A journald that does
+not read is waited for, by that thread alone; one that is not there is passed over for standard error. What
+does not fit into the queue meanwhile is counted and said as soon as there is room. What a client can
+provoke passes a `RateLimiter` first, which is pure: it is told the time.
 
-The journal gets structured fields through systemd-python, not through its `logging` handler (which
-drops silently without journald, may block, and sends no extra fields). `MESSAGE` is the kind's constant
-sentence followed by the fields, so that plain `journalctl` reads well; programs select by `MESSAGE_ID`
-or by a field and never need to parse it.
+The journal gets structured fields (`edged.journald`). `MESSAGE` is the kind's constant sentence followed by
+the fields, so that plain `journalctl` reads well; programs select by `MESSAGE_ID` or by a field and never
+need to parse it.
 """
 
 from __future__ import annotations
 
-import contextlib
 import json
 import math
 import os
 import queue
 import re
+import select
+import stat
 import sys
 import threading
 import time
 from collections.abc import Callable, Hashable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Final, Self, TextIO, cast
+from typing import Final, Self, TextIO
 
+from edged import journald
 from edged.catalog import CATALOG, LEVELS, Event, LevelName
+from edged.journald import JournalSocket, Outcome, encode_entry
 
 __all__ = ["CATALOG", "FORMATS", "Event", "Journal", "RateLimiter", "Summary"]
 
@@ -44,8 +47,12 @@ MESSAGE_CHARS_MAX: Final = 2048
 NAME_CHARS_MAX: Final = 64
 #: How long `close` waits for a stalled log before it gives up on it.
 CLOSE_TIMEOUT_S: Final = 2.0
-
-JOURNAL_SOCKET: Final = Path("/run/systemd/journal/socket")
+#: From `close` on a journald that does not read is waited for this long; then standard error gets the rest.
+CLOSE_PATIENCE_S: Final = 1.0
+#: How long the writer waits for journald before it looks whether it is being closed.
+STALL_LOOK_S: Final = 0.1
+#: The journal dates an entry when it gets it; one that comes later than this says itself when it happened.
+LATE_S: Final = 1.0
 
 #: Names that the record itself carries; a caller's field of that name gets a prefix.
 _RESERVED: Final = frozenset(
@@ -62,16 +69,17 @@ class _Record:
     kind: str
     event: Event
     fields: dict[str, Scalar]
-    time_s: float
     where: tuple[str, int, str]
+    time_s: float = field(default_factory=time.time)
+    queued_s: float = field(default_factory=time.monotonic)
 
 
 class Journal:
     """The daemon's log. A context manager; `close` writes out what is queued.
 
     `format` is `"journal"`, `"text"`, `"json"`, or `"auto"`: the journal when standard error is connected
-    to it (`$JOURNAL_STREAM`), else text. When the journal is wanted and cannot be had, records go to
-    `stream` as text and one `systemd_missing` record says why.
+    to it (`$JOURNAL_STREAM`), else text. While the journal is wanted and cannot be had, records go to
+    `stream` as text; when that is so from the start, one `systemd_missing` record says why.
     """
 
     def __init__(
@@ -82,6 +90,7 @@ class Journal:
         stream: TextIO | None = None,
         environ: Mapping[str, str] | None = None,
         queue_records_max: int = QUEUE_RECORDS_MAX,
+        socket_path: Path = journald.SOCKET,
     ) -> None:
         if format not in FORMATS:
             raise ValueError(f"log format {format!r} is none of {', '.join(FORMATS)}")
@@ -94,20 +103,20 @@ class Journal:
         if under_journal and wanted != "json":
             render = _render_prefixed
         self._to_stream = render
-        self._send: Callable[..., Any] | None = None
-        missing = ""
-        if wanted == "journal":
-            self._send, missing = _find_journal()
-        self.format: Final = "journal" if self._send is not None else wanted.replace("journal", "text")
+        self._socket_path = socket_path
+        self._journald = JournalSocket(socket_path) if wanted == "journal" else None
+        missing = self._journald is not None and not self._journald.present
+        self.format: Final = "text" if missing else wanted
         self._queue: queue.SimpleQueue[_Record | threading.Event | None] = queue.SimpleQueue()
         self._queue_records_max = queue_records_max
         self._lock = threading.Lock()
         self._dropped = 0
         self._closed = False
+        self._patient_until_s = math.inf
         self._thread = threading.Thread(target=self._write_all, name="edged-journal", daemon=True)
         self._thread.start()
         if missing:
-            self.emit("systemd_missing", REASON=missing)
+            self.emit("systemd_missing", REASON=f"nobody listens on {socket_path}")
 
     @property
     def level(self) -> LevelName:
@@ -132,18 +141,12 @@ class Journal:
         if LEVELS[event.level] > self._threshold:
             return
         code = sys._getframe(1)
-        record = _Record(
-            kind,
-            event,
-            _clean(fields),
-            time.time(),
-            (code.f_code.co_filename, code.f_lineno, code.f_code.co_qualname),
-        )
+        where = (code.f_code.co_filename, code.f_lineno, code.f_code.co_qualname)
+        record = _Record(kind, event, _clean(fields), where)
         if self._closed:
-            self._write(record)
+            self._write_last(record)
         elif self._queue.qsize() >= self._queue_records_max:
-            with self._lock:
-                self._dropped += 1
+            self._note_dropped(1)
         else:
             self._queue.put(record)
 
@@ -158,18 +161,24 @@ class Journal:
     def close(self) -> None:
         """Write out what is queued and end the writer thread; waits for at most `CLOSE_TIMEOUT_S`.
 
-        Records emitted later are written at once by the caller's own thread.
+        Records emitted later are written at once by the caller's own thread, if that can be done without
+        waiting.
         """
         if self._closed:
             return
+        self._patient_until_s = time.monotonic() + CLOSE_PATIENCE_S
         self._closed = True
         self._queue.put(None)
         self._thread.join(CLOSE_TIMEOUT_S)
+        if self._thread.is_alive():
+            return
         # Another thread may have passed the check above us just before: its record stands behind the None.
-        while not self._thread.is_alive() and not self._queue.empty():
+        while not self._queue.empty():
             item = self._queue.get()
             if isinstance(item, _Record):
-                self._write(item)
+                self._write_last(item)
+        if self._journald is not None:
+            self._journald.close()
 
     def __enter__(self) -> Self:
         return self
@@ -190,46 +199,75 @@ class Journal:
         if self._dropped:
             self._write_dropped()
 
+    def _note_dropped(self, count: int) -> None:
+        with self._lock:
+            self._dropped += count
+
     def _write_dropped(self) -> None:
         with self._lock:
             count, self._dropped = self._dropped, 0
-        self._write(
-            _Record(
-                "log_dropped", CATALOG["log_dropped"], {"COUNT": count}, time.time(), (__file__, 0, __name__)
-            )
-        )
+        said = _Record("log_dropped", CATALOG["log_dropped"], {"COUNT": count}, (__file__, 0, __name__))
+        if not self._try(said):
+            self._note_dropped(count)
 
     def _write(self, record: _Record) -> None:
-        # libsystemd reports success when journald's socket is gone, so we look for it ourselves.
-        if self._send is not None and JOURNAL_SOCKET.exists():
-            with contextlib.suppress(OSError):
-                self._send(**_journal_fields(record))
-                return
+        if not self._try(record):
+            self._note_dropped(1)
+
+    def _try(self, record: _Record) -> bool:
+        """Writes a record where it can be written; False when that is nowhere."""
+        if self._journald is not None:
+            while True:
+                entry = encode_entry(_journal_fields(record))  # anew each time: it says when it is late
+                patient = time.monotonic() < self._patient_until_s
+                outcome = self._journald.send(entry, timeout_s=STALL_LOOK_S if patient else 0.0)
+                if outcome is Outcome.SENT:
+                    return True
+                if outcome is Outcome.ABSENT or not patient:
+                    break
+        return self._write_stream(record)
+
+    def _write_stream(self, record: _Record) -> bool:
         # A log that nobody reads any more (a closed pipe, a full disk) must not stop the daemon.
-        with contextlib.suppress(OSError, ValueError):
+        try:
             self._stream.write(self._to_stream(record) + "\n")
             self._stream.flush()
+        except (OSError, ValueError):
+            return False
+        return True
+
+    def _write_last(self, record: _Record) -> None:
+        """After the end of the writer thread, by the caller's own, which must not wait for anybody."""
+        if self._journald is not None:
+            # One of its own: the writer may still be using the other, if it did not end in time.
+            with JournalSocket(self._socket_path) as fresh:
+                if fresh.send(encode_entry(_journal_fields(record))) is Outcome.SENT:
+                    return
+        if _takes_a_line(self._stream):
+            self._write_stream(record)
+
+
+def _takes_a_line(stream: TextIO) -> bool:
+    """Whether a line can be written now; only pipes, sockets and terminals may ever be full."""
+    try:
+        fd = stream.fileno()
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            return True
+        poll = select.poll()
+        poll.register(fd, select.POLLOUT)
+        return any(found & select.POLLOUT for _, found in poll.poll(0))
+    except (OSError, ValueError):
+        return not stream.closed
 
 
 def _is_journal_stream(stream: TextIO, environ: Mapping[str, str]) -> bool:
     """Whether `stream` is the one systemd connected to the journal (systemd.exec(5), $JOURNAL_STREAM)."""
     device, _, inode = environ.get("JOURNAL_STREAM", "").partition(":")
     try:
-        stat = os.fstat(stream.fileno())
-        return (stat.st_dev, stat.st_ino) == (int(device), int(inode))
+        found = os.fstat(stream.fileno())
+        return (found.st_dev, found.st_ino) == (int(device), int(inode))
     except (OSError, ValueError):
         return False
-
-
-def _find_journal() -> tuple[Callable[..., Any] | None, str]:
-    """systemd-python's `send`, or None and why not."""
-    if not JOURNAL_SOCKET.exists():
-        return None, f"{JOURNAL_SOCKET} is not there"
-    try:
-        from systemd import journal
-    except ImportError as error:
-        return None, f"systemd-python cannot be imported: {error}"
-    return cast("Callable[..., Any]", journal.send), ""
 
 
 def _clean(fields: Mapping[str, object]) -> dict[str, Scalar]:
@@ -272,6 +310,13 @@ def _escaped(text: str) -> str:
     )
 
 
+def _dated(record: _Record) -> _Record:
+    """For a log that dates what it gets: a record that waited says when it happened."""
+    if time.monotonic() - record.queued_s < LATE_S:
+        return record
+    return replace(record, fields={**record.fields, "OCCURRED": _time(record.time_s)})
+
+
 def _sentence(record: _Record) -> str:
     words = [f"{name}={_quoted(value)}" for name, value in record.fields.items()]
     message = "  ".join([record.event.message, " ".join(words)]) if words else record.event.message
@@ -279,6 +324,7 @@ def _sentence(record: _Record) -> str:
 
 
 def _journal_fields(record: _Record) -> dict[str, object]:
+    record = _dated(record)
     path, line, function = record.where
     return {
         "MESSAGE": _sentence(record),
@@ -299,7 +345,7 @@ def _render_text(record: _Record) -> str:
 
 def _render_prefixed(record: _Record) -> str:
     """For a standard error that the journal reads: it keeps the time, and takes the level from <N>."""
-    return f"<{LEVELS[record.event.level]}>{_sentence(record)}"
+    return f"<{LEVELS[record.event.level]}>{_sentence(_dated(record))}"
 
 
 def _render_json(record: _Record) -> str:

@@ -8,12 +8,15 @@ import json
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -217,7 +220,6 @@ def _namespace_command() -> list[str]:
 
 def test_the_journal_gets_structured_fields() -> None:
     """A record reaches journald's socket as fields; when journald goes, standard error gets the next."""
-    pytest.importorskip("systemd.journal", reason="systemd-python is not installed")
     run = subprocess.run(
         [*_namespace_command(), sys.executable, "-c", textwrap.dedent(IN_NAMESPACE)],
         capture_output=True,
@@ -243,17 +245,167 @@ def test_the_journal_gets_structured_fields() -> None:
     assert run.stderr == "<6>The daemon has stopped\n"
 
 
-def test_without_a_journal_the_wish_for_one_is_answered_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_journal_the_wish_for_one_is_answered_in_words(tmp_path: Path) -> None:
     """Records go to the stream, and one of them says why."""
-    monkeypatch.setattr("edged.journal.JOURNAL_SOCKET", Path("/nonexistent/socket"))
     stream = io.StringIO()
-    with Journal("info", "journal", stream=stream, environ={}) as journal:
+    with Journal("info", "journal", stream=stream, environ={}, socket_path=tmp_path / "none") as journal:
         assert journal.format == "text"
         journal.emit("server_ready")
     first, second = stream.getvalue().splitlines()
     assert "Records go to standard error instead of the journal" in first
-    assert "/nonexistent/socket is not there" in first
+    assert f"nobody listens on {tmp_path / 'none'}" in first
     assert second.endswith("The daemon is ready")
+
+
+class Journald:
+    """A socket where journald's would be: it reads when it is asked to, goes away, and comes back."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.come()
+
+    def come(self) -> None:
+        self.socket.close()
+        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        self.socket.bind(str(self.path))
+        self.socket.settimeout(30)
+
+    def go(self) -> None:
+        self.path.unlink()
+        self.socket.close()
+
+    def entry(self) -> dict[str, str]:
+        text = self.socket.recv(65536).decode()
+        return dict(line.split("=", 1) for line in text.splitlines() if "=" in line)
+
+
+@pytest.fixture
+def journald(tmp_path: Path) -> Iterator[Journald]:
+    there = Journald(tmp_path / "socket")
+    yield there
+    there.socket.close()
+
+
+def test_a_journald_that_does_not_read_costs_no_time_and_no_record(journald: Journald) -> None:
+    """More records than its queue takes are accepted at once, and come in order when it reads again."""
+    stream = io.StringIO()
+    with Journal("info", "journal", stream=stream, environ={}, socket_path=journald.path) as journal:
+        assert journal.format == "journal"
+        for number in range(200):
+            journal.emit("server_ready", NUMBER=number)
+        assert not journal.flush(0.05)
+        assert [journald.entry()["NUMBER"] for _ in range(200)] == [str(n) for n in range(200)]
+        assert journal.flush(30)
+    assert stream.getvalue() == ""
+
+
+def test_a_record_that_waited_says_when_it_happened(journald: Journald, monkeypatch: Any) -> None:
+    """The journal dates an entry when it gets it, which may be long after."""
+    with Journal("info", "journal", environ={}, socket_path=journald.path) as journal:
+        journal.emit("server_ready")
+        assert "OCCURRED" not in journald.entry()
+        monkeypatch.setattr("edged.journal.LATE_S", -1.0)
+        journal.emit("server_ready")
+        assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d{4}", journald.entry()["OCCURRED"])
+
+
+def test_what_a_stalled_journald_has_no_room_for_is_counted(journald: Journald) -> None:
+    """The queue's bound holds, and the journal itself is told how many are missing."""
+    arguments = {"stream": io.StringIO(), "environ": {}, "queue_records_max": 20}
+    with Journal("info", "journal", socket_path=journald.path, **arguments) as journal:  # type: ignore[arg-type]  # as above
+        for _ in range(500):
+            journal.emit("server_ready")
+        seen, missing = 0, 0
+        while seen + missing < 500:
+            entry = journald.entry()
+            seen += entry["EVENT"] == "server_ready"
+            missing += int(entry.get("COUNT", 0))
+        assert missing > 0
+        assert seen + missing == 500
+
+
+def test_a_journald_that_goes_and_comes_back(journald: Journald) -> None:
+    """Standard error has what happened meanwhile; the journal gets the next record as soon as it is there."""
+    stream = io.StringIO()
+    with Journal("info", "journal", stream=stream, environ={}, socket_path=journald.path) as journal:
+        journal.emit("server_ready", N=1)
+        assert journald.entry()["N"] == "1"
+        journald.go()
+        journal.emit("server_ready", N=2)
+        assert journal.flush(30)
+        assert stream.getvalue().endswith("The daemon is ready  N=2\n")
+        journald.come()
+        journal.emit("server_ready", N=3)
+        assert journald.entry()["N"] == "3"
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_a_journald_that_comes_late_is_found(tmp_path: Path) -> None:
+    """It need not have been there at the start."""
+    stream = io.StringIO()
+    with Journal("info", "journal", stream=stream, environ={}, socket_path=tmp_path / "socket") as journal:
+        assert journal.flush(30)
+        late = Journald(tmp_path / "socket")
+        journal.emit("server_ready")
+        assert late.entry()["EVENT"] == "server_ready"
+        late.socket.close()
+    assert "nobody listens" in stream.getvalue()
+    assert stream.getvalue().count("\n") == 1
+
+
+def test_closing_does_not_wait_for_journald(journald: Journald) -> None:
+    """What a journald that hangs has not taken goes to standard error, and the end comes all the same."""
+    stream = io.StringIO()
+    journal = Journal("info", "journal", stream=stream, environ={}, socket_path=journald.path)
+    for number in range(100):
+        journal.emit("server_ready", NUMBER=number)
+    journal.close()
+    journal.emit("server_stopped")
+    got = []
+    journald.socket.setblocking(False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            got.append(int(journald.entry()["NUMBER"]))
+    lines = stream.getvalue().splitlines()
+    assert got
+    assert "The daemon has stopped" in lines.pop()
+    assert got + [int(line.rpartition("=")[2]) for line in lines] == list(range(100))
+
+
+def test_a_log_that_can_be_written_nowhere_is_counted_once_it_can(journald: Journald) -> None:
+    """Neither journald nor standard error: the loss is said by the first record that arrives."""
+
+    class Closed(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError
+
+    with Journal("info", "journal", stream=Closed(), environ={}, socket_path=journald.path) as journal:
+        journald.go()
+        journal.emit("server_ready")
+        journal.emit("server_ready")
+        assert journal.flush(30)
+        journald.come()
+        journal.emit("server_ready")
+        assert journald.entry()["EVENT"] == "server_ready"
+        entry = journald.entry()
+        assert (entry["EVENT"], entry["COUNT"]) == ("log_dropped", "2")
+
+
+def test_after_the_end_a_full_pipe_is_not_waited_for() -> None:
+    """A record from the very last moment is given up rather than have the process hang."""
+    read_fd, write_fd = os.pipe()
+    os.set_blocking(write_fd, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(write_fd, b"x" * 4096)
+    os.set_blocking(write_fd, True)
+    with os.fdopen(write_fd, "w") as pipe:
+        journal = Journal("info", "text", stream=pipe, environ={})
+        journal.close()
+        journal.emit("server_stopped")
+    assert b"stopped" not in os.read(read_fd, 1 << 20)
+    os.close(read_fd)
 
 
 def test_every_event_that_the_daemon_emits_is_in_the_catalog() -> None:
