@@ -299,6 +299,14 @@ _EVENTS: dict[str, Event] = {
         "NEEDED_BYTES and FREE_BYTES say how much is missing. It is tried again when memory is free.",
     ),
     # Clients.
+    "batch_refused": Event(
+        "36b3c947a43648dfa88bb0889825d0fc",
+        "error",
+        "A model's answer to several requests at once could not be taken apart",
+        "DETAIL says which output had not one row for each row that went in. The requests are run again one "
+        "by one, and the model is given one at a time until it is loaded again; `max_batch_size = 1` in its "
+        "settings says so for good.",
+    ),
     "client_misbehaves": Event(
         "bdc7febeed5b4db4b64503d793d2c8a4",
         "warning",

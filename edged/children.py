@@ -37,6 +37,7 @@ from edged.events import (
 from edged.messages import RegionPart
 from edged.process import ProbeProcess, Spawner, WorkerLimits, WorkerProcess
 from edged.process import WorkerGone as HungUp
+from edged.scheduler import Job
 from edged.wire import Output
 
 __all__ = ["Children", "Loop"]
@@ -210,11 +211,12 @@ class Children:
         process = self._workers.get(effect.worker)
         if process is None:
             return  # It hung up; its end is about to be told, and answers this run.
-        total = sum([aligned(len(tensor.raw)) for tensor in effect.inputs])
-        at, tensors, leased = 0, [], effect.into is not None
+        (job,) = effect.jobs
+        total = sum([aligned(len(tensor.raw)) for tensor in job.inputs])
+        at, tensors, leased = 0, [], job.into is not None
         try:
             view = process.arena.slot_view(effect.slot, total)
-            for tensor in effect.inputs:
+            for tensor in job.inputs:
                 part = tensor.part
                 if part is not None:
                     leased = True
@@ -226,9 +228,9 @@ class Children:
                 view[at : at + size] = tensor.raw
                 tensors.append([tensor.name, tensor.datatype, tensor.shape, at, size])
                 at = aligned(at + size)
-            packet = ["run", effect.run_id, effect.instance, effect.slot, tensors, effect.outputs]
+            packet = ["run", effect.run_id, effect.instance, effect.slot, tensors, job.outputs]
             if leased:
-                packet.append(self._share_regions(process, effect))
+                packet.append(self._share_regions(process, job))
             if not process.send_run(packet):
                 process.kill()  # two packets outstanding at most: a full socket is a worker gone wrong
         except ResourceExhausted as e:
@@ -236,10 +238,10 @@ class Children:
         except HungUp:
             self._hung_up(effect.worker, process)
 
-    def _share_regions(self, process: WorkerProcess, effect: StartRun) -> dict[str, list[int]]:
+    def _share_regions(self, process: WorkerProcess, job: Job) -> dict[str, list[int]]:
         """Gives a worker the leased memory that a run uses, each region once; returns where outputs go."""
-        into = effect.into or {}
-        parts = [tensor.part for tensor in effect.inputs if tensor.part is not None]
+        into = job.into or {}
+        parts = [tensor.part for tensor in job.inputs if tensor.part is not None]
         for part in (*parts, *into.values()):
             if part.region not in process.regions:
                 if not process.send_control(["region", part.region], self._region_fd(part.region)):

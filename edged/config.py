@@ -55,6 +55,9 @@ _GOLDEN_BYTES_MAX = 128 * 1024
 """They go to the worker in one packet, of which the kernel takes about 208 KB."""
 _GOLDEN_DEPTH_MAX = 16  # the rank that the wire allows
 
+BATCH_MAX = 1024
+"""Beyond it no device of this size gains anything, and the slot's memory grows with it."""
+
 _MIB = 1 << 20
 _GIB = 1 << 30
 
@@ -194,6 +197,8 @@ class ModelSettings:
     memory_max_bytes: int | None = None
     timeout_s: float | None = None
     queue_length: int | None = None
+    max_batch_size: int | None = None
+    max_queue_delay_s: float = 0.0
     versions: str | tuple[int, ...] = "latest:1"
     warmup: int = 1
     golden: tuple[GoldenInline, ...] = ()
@@ -600,6 +605,20 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         units.whole(1, 65536),
         "Requests that may wait for this model.",
         "`[limits] queue_length`",
+    ),
+    _Key(
+        "max_batch_size",
+        "max_batch_size",
+        units.whole(1, BATCH_MAX),
+        "Rows of different requests that may share a run; 1: never. Each content must first prove that its "
+        "rows stand alone.",
+        "measured",
+    ),
+    _Key(
+        "max_queue_delay",
+        "max_queue_delay_s",
+        units.duration(0, 10),
+        "How long a request may be kept waiting for others to share its run, though the model is free.",
     ),
     _Key(
         "versions",

@@ -364,7 +364,7 @@ class Daemon:
 
         True when something was found. Bounded by the core's estimate, and only where another CPU is free.
         """
-        until_s = self._core.spin_until_s
+        until_s = self._core.runs.spin_until_s
         if now_s >= until_s or not self._may_spin:
             return False
         poll = self._epoll.poll
@@ -663,7 +663,7 @@ class Daemon:
         self._sample_at_s = now_s + min(
             self._config.resources.sample_s, self._notifier.watchdog_interval_s or math.inf
         )
-        core.epoch_offset_s = time.time() - now_s
+        core.runs.epoch_offset_s = time.time() - now_s
         pids = [w.pid for w in core.workers.table.values() if w.pid is not None]
         self._step(Sampled(self._sampler.sample(pids)))
         self._lanes.rested()

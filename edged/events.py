@@ -14,7 +14,7 @@ import msgspec
 
 from edged.config import Config
 from edged.errors import EdgedError
-from edged.messages import LaneRequest, Peer, RegionPart, Request, RequestId, Route, TensorData
+from edged.messages import LaneRequest, Peer, Request, RequestId, Route
 from edged.repository import Entry, Snapshot
 from edged.resources import Sample
 from edged.scheduler import Job
@@ -288,15 +288,20 @@ class SendResult(Effect, frozen=True):
 
 
 class StartRun(Effect, frozen=True):
-    """Put the inputs into a slot and tell the worker to run."""
+    """Put the jobs' inputs into a slot, row below row where there are several, and tell the worker to run.
+
+    Several jobs have the same inputs but for their first dimension, whose sum is `rows`, and the same wanted
+    `outputs`, and none has its outputs in leased memory. At `deadline_s` (infinite: never) nobody wants the
+    run any more.
+    """
 
     worker: int
     run_id: int
     instance: int
     slot: int
-    inputs: list[TensorData]
-    outputs: list[str] | None
-    into: dict[str, RegionPart] | None = None
+    jobs: list[Job]
+    rows: int
+    deadline_s: float
 
 
 class GrantRegion(Effect, frozen=True):

@@ -27,7 +27,7 @@ from edged.tensors import TensorSpec
 
 __all__ = [
     "MOVES",
-    "SLOTS_PER_WORKER",
+    "SLOTS_AT_START",
     "Failure",
     "Hooks",
     "Instance",
@@ -39,8 +39,8 @@ __all__ = [
     "state_event",
 ]
 
-SLOTS_PER_WORKER = 2
-"""Requests that a worker has at once: one that runs, one that waits at the socket so that none idles."""
+SLOTS_AT_START = 2
+"""Of a worker that runs one thing at a time: one more may wait at its socket, so that it never idles."""
 
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 60.0
 """The pause before a restart: none after the first crash, then doubling."""
@@ -144,7 +144,11 @@ class Worker:
     device: str
     shared: bool
     instances: set[int] = field(default_factory=set)
-    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS_PER_WORKER)))
+    concurrency: int = 1
+    """How many runs it executes at once; it has one slot more than that."""
+    free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS_AT_START)))
+    runs: list[int] = field(default_factory=list)
+    """What it was given and has not finished, the oldest first; the first `concurrency` may be running."""
     pid: int | None = None
     rss_bytes: int = 0
     memory_max_bytes: int | None = None
@@ -152,6 +156,12 @@ class Worker:
     """Set when it was asked to exit."""
     killed_for: str = ""
     """Why the daemon itself killed it."""
+
+    def widen(self, concurrency: int) -> None:
+        """It has told that it executes this many runs at once; it never takes that back."""
+        if concurrency > self.concurrency:
+            self.free_slots += range(self.concurrency + 1, concurrency + 1)
+            self.concurrency = concurrency
 
 
 @dataclass(eq=False)
@@ -178,6 +188,8 @@ class Instance:
     required: frozenset[str] = frozenset()
     stats: ModelStatistics = field(default_factory=ModelStatistics)
     mean_run_s: float = 0.0
+    batch_max: int = 1
+    """Rows of different requests that may share a run; 1 where they must not."""
     restarts: int = 0
     crashes: int = 0
     """Since it last was stable."""

@@ -21,6 +21,7 @@ from edged.placement import Placement, after_failure
 from edged.registry import Registry
 from edged.repository import Entry
 from edged.retirement import Retirement
+from edged.runs import RUN_HUNG
 from edged.turns import Turns
 from edged.workers import Workers
 
@@ -32,7 +33,6 @@ STABLE_S = 60.0
 CRASHES_TO_MOVE = 2
 """An instance that crashed more often than this in a row is tried on the next device of its plan."""
 
-RUN_HUNG = "a run did not stop when told to"
 LOAD_TIMED_OUT = "load time-out"
 
 

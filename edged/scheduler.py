@@ -51,6 +51,10 @@ class Job(msgspec.Struct, eq=False):
     """Outputs that are to land in leased memory."""
     regions: tuple[int, ...] = ()
     """The leased memory that it uses, as input or output."""
+    rows: int = 1
+    """The first dimension of its inputs where the model takes batches, else 1."""
+    alone: bool = False
+    """It was in a batch that failed: it must not share a run again."""
 
 
 class Scheduler:

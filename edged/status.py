@@ -171,10 +171,10 @@ def server_status(core: Core, now_s: float, *, model: str = "") -> dict[str, Any
         "clients": {
             "connections_with_requests": core.scheduler.clients,
             "in_flight": core.scheduler.in_flight,
-            "refused": core.counters["refused"],
+            "refused": core.runs.counters["refused"],
         },
         "leases": core.regions.snapshot(),
-        "counters": dict(core.counters),
+        "counters": core.counters | core.runs.counters,
     }
     if model:
         status["history"] = _history(core, model)
@@ -242,12 +242,12 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "pid": None if worker is None else worker.pid,
         "rss_bytes": 0 if worker is None else worker.rss_bytes,
         "queue": core.scheduler.queued(instance.id),
-        "in_flight": core.running(instance),
+        "in_flight": core.runs.running(instance),
         "infer_count": stats.inference_count,
         "error_count": stats.error_count,
         "p50_us": stats.histogram.quantile_us(0.5),
         "p99_us": stats.histogram.quantile_us(0.99),
-        "ready_ms": int((instance.ready_s + core.epoch_offset_s) * 1000) if instance.ready_s else 0,
+        "ready_ms": int((instance.ready_s + core.runs.epoch_offset_s) * 1000) if instance.ready_s else 0,
         "source": instance.entry.model_file,
         "settings": _settings(instance),
         "settings_file": None if instance.entry.settings_file is None else instance.entry.settings_file.path,

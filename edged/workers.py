@@ -12,7 +12,7 @@ from typing import Any
 from edged.config import ModelSettings
 from edged.devices import Candidate
 from edged.events import CancelLoad, EndWorker, KillWorker, LoadInstance, Log, StartWorker, UnloadInstance
-from edged.instances import SLOTS_PER_WORKER, Instance, Surroundings, Worker
+from edged.instances import SLOTS_AT_START, Instance, Surroundings, Worker
 
 __all__ = ["Workers"]
 
@@ -72,7 +72,7 @@ class Workers:
                 # What a GPU's driver maps says nothing of memory used: there the guard's samples bound it.
                 None if candidate.gpu_like else self.memory_max_bytes(instance.settings),
                 ARENA_MESSAGES * self._around.config.limits.message_bytes,
-                SLOTS_PER_WORKER,
+                SLOTS_AT_START,
             )
         )
         return worker

@@ -9,7 +9,6 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edged.core import RUN_GRACE_S, RUN_LIMIT_S
 from edged.errors import InvalidArgument
 from edged.events import (
     BadMessage,
@@ -28,8 +27,9 @@ from edged.events import (
     ShutdownAsked,
     StartRun,
 )
-from edged.instances import SLOTS_PER_WORKER, InstanceState
+from edged.instances import SLOTS_AT_START, InstanceState
 from edged.messages import InputTensor, OutputRef, Request
+from edged.runs import RUN_GRACE_S, RUN_LIMIT_S
 from tests.world import CPU, CUDA, MIB, OV_CPU, PEER, World, config, sample
 
 
@@ -341,8 +341,8 @@ def test_each_refusal_has_its_reason(fields: dict[str, Any], reason: str) -> Non
 def test_a_worker_has_two_requests_at_once_and_the_rest_wait() -> None:
     """The second waits at the worker so that it never idles; the queue has its bound."""
     world = ready_world()
-    keys = [world.infer(client=bytes([0, i // 8])) for i in range(SLOTS_PER_WORKER + 8)]
-    assert len(world.process().runs) == SLOTS_PER_WORKER
+    keys = [world.infer(client=bytes([0, i // 8])) for i in range(SLOTS_AT_START + 8)]
+    assert len(world.process().runs) == SLOTS_AT_START
     over = world.infer(client=b"\0z")
     assert world.answer(over) == "QUEUE_FULL"
     world.finish_runs()
@@ -363,7 +363,7 @@ def test_a_deadline_is_kept_whether_it_waits_or_runs() -> None:
     keys = [world.infer(timeout=500_000) for _ in range(4)]
     world.pass_time(0.6)
     assert [world.answer(k) for k in keys] == ["DEADLINE_PASSED"] * 4
-    assert len([e for e in world.effects if isinstance(e, CancelRun)]) == SLOTS_PER_WORKER
+    assert len([e for e in world.effects if isinstance(e, CancelRun)]) == SLOTS_AT_START
     later = world.infer()
     world.finish_runs()
     assert isinstance(world.answer(later), SendResult)
@@ -471,7 +471,7 @@ def test_a_new_configuration_holds_for_what_can_change() -> None:
     new = config(limits__queue_length=1, log__level="debug")
     world.send(ConfigChanged(new))
     assert [e.level for e in world.effects if isinstance(e, SetLogLevel)] == ["debug"]
-    for _ in range(SLOTS_PER_WORKER + 1):
+    for _ in range(SLOTS_AT_START + 1):
         world.infer()
     assert world.answer(world.infer()) == "QUEUE_FULL"
 

@@ -56,7 +56,7 @@ def test_a_long_reason_is_cut_and_an_empty_field_left_out() -> None:
 def test_the_core_tells_a_models_life_with_the_clocks_time() -> None:
     """What it tells the log about a model is in the status when that model is asked for, and only then."""
     world = World()
-    world.core.epoch_offset_s = 1_700_000_000.0
+    world.core.runs.epoch_offset_s = 1_700_000_000.0
     world.put("m")
     world.settle()
     world.crash(next(iter(world.workers.values())))

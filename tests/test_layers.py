@@ -16,7 +16,7 @@ FILES = {
 }
 PURE = ("messages", "wire", "tensors", "errors", "scheduler", "statistics", "devices", "events", "instances")
 PURE += ("registry", "workers", "placement", "turns", "retirement", "lifecycle", "entries")
-PURE += ("choosing", "core", "status", "resources", "regions", "happenings")
+PURE += ("choosing", "core", "runs", "admission", "status", "resources", "regions", "happenings")
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
 
@@ -30,7 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "events",
         "instances",
         "registry workers placement",
-        "turns",
+        "turns runs admission",
         "retirement",
         "lifecycle",
         "entries choosing status",

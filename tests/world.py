@@ -60,7 +60,7 @@ from edged.events import (
     WorkerGone,
     WorkerHello,
 )
-from edged.instances import SLOTS_PER_WORKER, Instance, InstanceState, Machine
+from edged.instances import Instance, InstanceState, Machine
 from edged.messages import InputTensor, LaneRequest, OutputRef, Peer, Request, RequestId
 from edged.repository import Entry, FileStamp, Snapshot
 from edged.resources import Sample
@@ -385,7 +385,7 @@ class World:
 
     def _on_FreeRegion(self, e: FreeRegion) -> None:  # noqa: N802 - named after the effect
         self.memory.remove(e.region)
-        used = [run.job.regions for run in self.core._runs.values()]
+        used = [job.regions for run in self.core.runs.table.values() for job in run.jobs]
         assert not any(e.region in regions for regions in used), "memory was let go of under a run"
 
     def _on_Scan(self, e: Scan) -> None:  # noqa: N802 - named after the effect
@@ -455,8 +455,9 @@ class World:
         assert e.instance in worker.loaded or not worker.alive, "a run of what is not loaded"
         assert 0 <= e.slot < worker.slots
         assert e.slot not in [run.slot for run in worker.runs], "a slot was used twice"
-        assert e.inputs, "a run lost its inputs"
-        parts = [t.part for t in e.inputs if t.part is not None] + list((e.into or {}).values())
+        assert all(job.inputs for job in e.jobs), "a run lost its inputs"
+        parts = [t.part for job in e.jobs for t in job.inputs if t.part is not None]
+        parts += [part for job in e.jobs for part in (job.into or {}).values()]
         assert {part.region for part in parts} <= self.memory, "a run without its memory"
         worker.runs.append(e)
 
@@ -528,9 +529,10 @@ class World:
         core, registry = self.core, self.registry
         for worker in core.workers.table.values():
             assert worker.instances <= set(registry.instances), "a worker has an instance that is gone"
-            out = [run for run in core._runs.values() if run.worker is worker]
+            out = [run for run in core.runs.table.values() if run.worker is worker]
+            assert worker.runs == [run.id for run in out]
             slots = sorted([*worker.free_slots, *[run.slot for run in out]])
-            assert slots == list(range(SLOTS_PER_WORKER)), "a slot leaked"
+            assert slots == list(range(worker.concurrency + 1)), "a slot leaked"
         for instance in registry.instances.values():
             worker_of = core.workers.of(instance)
             assert instance.worker is None or worker_of is None or instance.id in worker_of.instances

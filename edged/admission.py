@@ -1,0 +1,106 @@
+"""Whether a request can be run at all: its tensors against the model's spec, its references to leased memory.
+
+Pure. Everything that is wrong with a request raises the error that is its answer; what comes out is fit to be
+queued. `parts` collects the pieces of leased memory that were named, for the caller to hold.
+"""
+
+from __future__ import annotations
+
+from edged.errors import InvalidArgument
+from edged.events import RequestArrived
+from edged.instances import Instance
+from edged.messages import InputTensor, RegionPart, TensorData
+from edged.regions import Regions
+from edged.tensors import ITEM_BYTES, check_shape, shape_text
+from edged.wire import cut, input_data, leased_input, region_reference
+
+__all__ = ["checked_inputs", "checked_outputs"]
+
+
+def checked_inputs(
+    instance: Instance, event: RequestArrived, regions: Regions, parts: list[RegionPart]
+) -> list[TensorData]:
+    """A request's inputs, each as the model wants it; nothing is missing."""
+    specs = instance.inputs
+    found = []
+    for tensor in event.request.inputs:
+        spec = specs.get(tensor.name)
+        if spec is None:
+            raise InvalidArgument(
+                f"model '{instance.name}' has no input '{cut(tensor.name)}'; it has "
+                + ", ".join(f"'{n}'" for n in specs),
+                reason="UNKNOWN_INPUT",
+            )
+        if tensor.datatype != spec.datatype:
+            raise InvalidArgument(
+                f"input '{tensor.name}': expected {spec.datatype}, got {tensor.datatype}",
+                reason="BAD_DATATYPE",
+            )
+        check_shape(spec, tensor.shape)
+        if tensor.parameters is None:
+            found.append(input_data(tensor, event.frames))
+        else:
+            found.append(_input_with_parameters(tensor, event, regions, parts))
+    if len(found) < len(specs):
+        _check_missing(instance, found)
+    return found
+
+
+def _check_missing(instance: Instance, found: list[TensorData]) -> None:
+    missing = instance.required.difference([t.name for t in found])
+    if missing:
+        name = min(missing)
+        spec = instance.inputs[name]
+        raise InvalidArgument(
+            f"input '{name}' is missing: {spec.datatype} {shape_text(spec.shape)}",
+            reason="MISSING_INPUT",
+        )
+
+
+def _input_with_parameters(
+    tensor: InputTensor, event: RequestArrived, regions: Regions, parts: list[RegionPart]
+) -> TensorData:
+    reference = region_reference(tensor.parameters, f"input '{tensor.name}'")
+    if reference is None:
+        return input_data(tensor, event.frames)
+    part = regions.resolve(event.peer.uid, reference)
+    parts.append(part)
+    return leased_input(tensor, part)
+
+
+def checked_outputs(
+    instance: Instance, event: RequestArrived, regions: Regions, parts: list[RegionPart]
+) -> tuple[list[str] | None, dict[str, RegionPart] | None]:
+    """Which outputs are wanted, and which of them in leased memory."""
+    wanted = event.request.outputs
+    if wanted is None:
+        return None, None
+    names = [ref.name for ref in wanted]
+    for name in names:
+        if name not in instance.outputs:
+            raise InvalidArgument(
+                f"model '{instance.name}' has no output '{cut(name)}'; it has "
+                + ", ".join(f"'{n}'" for n in instance.outputs),
+                reason="UNKNOWN_OUTPUT",
+            )
+    if len(set(names)) != len(names):
+        raise InvalidArgument("an output is asked for twice", reason="DUPLICATE_OUTPUT")
+    into: dict[str, RegionPart] | None = None
+    for ref in wanted:
+        if ref.parameters is None:
+            continue
+        reference = region_reference(ref.parameters, f"output '{ref.name}'")
+        if reference is None:
+            continue
+        datatype = instance.outputs[ref.name].datatype
+        if datatype not in ITEM_BYTES:
+            raise InvalidArgument(
+                f"output '{ref.name}' is {datatype}, whose size nobody knows before; "
+                "only tensors of numbers can land in a region",
+                reason="BAD_REGION",
+            )
+        part = regions.resolve(event.peer.uid, reference)
+        parts.append(part)
+        into = into or {}
+        into[ref.name] = part
+    return names, into
