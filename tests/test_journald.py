@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import array
 import os
+import shutil
 import socket
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -101,3 +104,30 @@ def test_nobody_there_is_said_and_a_new_one_is_found(tmp_path: Path) -> None:
             with bound(path) as third:
                 assert way.send(b"N=6\n") is Outcome.SENT
                 assert third.recv(99) == b"N=6\n"
+
+
+SAME_FIELDS = {"MESSAGE": "two\nlines", "PRIORITY": "6", "MODEL": "digits=ü", "MESSAGE_ID": "0" * 32}
+
+IN_NAMESPACE = f"""
+import os, socket, subprocess, sys
+subprocess.run(["mount", "-t", "tmpfs", "tmpfs", "/run"], check=True)
+os.makedirs("/run/systemd/journal")
+server = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+server.bind("/run/systemd/journal/socket")
+from systemd import journal
+journal.send(**{SAME_FIELDS!r})
+sys.stdout.buffer.write(server.recv(65536))
+"""
+
+
+def test_systemd_s_own_library_says_the_same() -> None:
+    """The reference for the protocol, where it is installed: the same fields with the same values."""
+    pytest.importorskip("systemd.journal", reason="systemd-python is not installed")
+    unshare = shutil.which("unshare") or pytest.skip("unshare is not installed")
+    command = [unshare, "--mount"] if os.geteuid() == 0 else [unshare, "--user", "--map-root-user", "--mount"]
+    if subprocess.run([*command, "mount", "-t", "tmpfs", "tmpfs", "/mnt"], capture_output=True).returncode:
+        pytest.skip("no mount namespace can be made here")
+    run = subprocess.run([*command, sys.executable, "-c", IN_NAMESPACE], capture_output=True, timeout=60)
+    assert run.returncode == 0, run.stderr
+    theirs = decoded(run.stdout)
+    assert {name: theirs[name] for name in SAME_FIELDS} == decoded(encode_entry(SAME_FIELDS))
