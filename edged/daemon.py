@@ -23,12 +23,11 @@ import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from importlib.util import find_spec
 from typing import Any, cast
 
 import zmq
 
-from edged import status, wire
+from edged import sites, status, wire
 from edged.arena import ArenaBoundsError
 from edged.catalog import LevelName
 from edged.children import Children
@@ -317,7 +316,7 @@ class Daemon:
         self._core.entries.restore((_entry_of(good), good.staged) for good in served)
         for notice in self._store.notices:
             self._journal.emit("store_failed", DETAIL=notice)
-        if find_spec("onnxruntime") is not None and "onnxruntime" not in config.runtimes:
+        if sites.is_installed("onnxruntime") and "onnxruntime" not in config.runtimes:
             # Nearly every model starts there: importing it now saves the first load that time.
             self._children.spawner.start_template("onnxruntime")
         for runtime, device in self._children.spawner.list_probes():

@@ -18,12 +18,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import msgpack
 
+from edged import sites
 from edged.arena import Arena, ArenaBoundsError
 from edged.tensors import TensorSpec
 
@@ -48,12 +48,12 @@ _PACKAGE = Path(__file__).resolve().parent
 
 _BOOTSTRAP = """\
 import importlib.util as u, sys
-sys.path[:] = [p for p in sys.path if p]
+sys.path[:] = [*filter(None, sys.argv[2].split(':')), *filter(None, sys.path)]
 s = u.spec_from_file_location('edged', sys.argv[1] + '/__init__.py', submodule_search_locations=[sys.argv[1]])
 m = sys.modules['edged'] = u.module_from_spec(s); s.loader.exec_module(m)
-__import__('edged.' + sys.argv[2], fromlist=['main']).main(sys.argv[3:])
+__import__('edged.' + sys.argv[3], fromlist=['main']).main(sys.argv[4:])
 """
-"""Runs a module of this very package in any interpreter.
+"""Runs a module of this very package in any interpreter; arguments: the package, site directories, module.
 
 A vendor's Python must see our code, but not our site-packages with their numpy, so PYTHONPATH will not do;
 and the current directory, which `-c` puts first, is nobody's place to import from.
@@ -186,7 +186,7 @@ class Spawner:
     def probe(self, runtime: str, device: str) -> ProbeProcess:
         """Tries a device in a child of its own. A runtime that is not installed costs no process."""
         python = self._pythons.get(runtime, sys.executable)
-        if python == sys.executable and not _installed(runtime):
+        if python == sys.executable and not sites.is_installed(runtime):
             return ProbeProcess.answered(runtime, device, not_installed(runtime, device))
         reader, writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         try:
@@ -203,12 +203,16 @@ class Spawner:
             os.close(writer)
         return ProbeProcess(runtime, device, reader, process)
 
+    def _sites(self, runtime: str) -> list[str]:
+        # A vendor's interpreter has its own runtime, and ours would not fit it.
+        return [] if runtime in self._pythons else sites.site_paths(runtime)
+
     def _start(
         self, runtime: str, module: str, settings: Mapping[str, Any], fds: Sequence[int]
     ) -> subprocess.Popen[bytes]:
         python = self._pythons.get(runtime, sys.executable)
         return subprocess.Popen(
-            [python, *bootstrap(module), json.dumps(settings)],
+            [python, *bootstrap(module, self._sites(runtime)), json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             env=self._environ,
             pass_fds=tuple(fds),
@@ -247,7 +251,8 @@ class Spawner:
         self.drain()
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
-            settings = {"runtime": runtime, "fd": theirs.fileno(), "bootstrap": bootstrap("worker")}
+            again = bootstrap("worker", self._sites(runtime))
+            settings = {"runtime": runtime, "fd": theirs.fileno(), "bootstrap": again}
             try:
                 process = self._start(runtime, "template", settings, (theirs.fileno(),))
             except OSError:
@@ -547,12 +552,11 @@ def verdict(
 
 def not_installed(runtime: str, device: str) -> dict[str, Any]:
     """The verdict for a runtime that is not there, with how to get it."""
-    extra = "openvino" if runtime == "openvino" else "cuda" if device.startswith("CUDA") else "cpu"
     return verdict(
         runtime,
         device,
         "not_installed",
-        hint=f"pip install 'edged[{extra}]'",
+        hint=sites.get_hint(runtime, device),
         detail=f"Python package {runtime} is not installed",
     )
 
@@ -567,15 +571,13 @@ def describe_exit(status: int) -> str:
         return f"killed by signal {-status}"
 
 
-def bootstrap(module: str) -> list[str]:
-    """The interpreter's arguments that run `edged.MODULE`'s main; its own argument comes after them."""
+def bootstrap(module: str, paths: Sequence[str] = ()) -> list[str]:
+    """The interpreter's arguments that run `edged.MODULE`'s main; its own argument comes after them.
+
+    `paths` go in front of what the interpreter finds by itself.
+    """
     # -B: a service writes nowhere but to its own directories.
-    return ["-B", "-c", _BOOTSTRAP, str(_PACKAGE), module]
-
-
-def _installed(runtime: str) -> bool:
-    """Whether a runtime can be imported, found out without importing it."""
-    return runtime == "fake" or find_spec(runtime) is not None
+    return ["-B", "-c", _BOOTSTRAP, str(_PACKAGE), os.pathsep.join(paths), module]
 
 
 def _settings(runtime: str, limits: WorkerLimits) -> dict[str, Any]:

@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "lifecycle",
         "entries choosing status",
         "core",
-        "helper transport store watcher system journald process",
+        "sites helper transport store watcher system journald process",
         "journal",
         "lanes children",
         "daemon",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -276,11 +277,26 @@ def test_probe_of_what_is_not_installed_costs_no_process(
     spawner: Spawner, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A runtime that is not there gets its verdict at once, with the extra to install."""
-    monkeypatch.setattr("edged.process._installed", lambda runtime: False)
+    monkeypatch.setattr("edged.sites.is_installed", lambda runtime: False)
     probe = spawner.probe("openvino", "CPU")
     answer = probe.result()
     assert answer is not None
     assert (answer["status"], answer["hint"]) == ("not_installed", "pip install 'edged[openvino]'")
+
+
+def test_children_find_a_runtime_in_its_own_site_directory(
+    spawner: Spawner, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies in PREFIX/runtimes/NAME goes before what the interpreter finds by itself."""
+    package = tmp_path / "runtimes/openvino/openvino"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('this one was packaged')\n")
+    monkeypatch.setattr(sys, "prefix", str(tmp_path))
+    probe = spawner.probe("openvino", "CPU")
+    assert select.select([probe.fd], [], [], 60)[0]
+    while (answer := probe.result()) is None:
+        select.select([probe.fd], [], [], 60)
+    assert (answer["status"], answer["detail"]) == ("driver_error", "this one was packaged")
 
 
 @pytest.mark.parametrize(

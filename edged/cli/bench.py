@@ -31,6 +31,7 @@ from edged.cli.inputs import InputError, read_inputs, synthetic
 from edged.cli.session import EXIT_OK, EXIT_USAGE, Failure, Session
 from edged.cli.tables import Column, bar, fields, micros_text, table
 from edged.errors import EdgedError
+from edged.sites import site_paths
 
 __all__ = ["CLIENTS_MAX", "Samples", "bench", "percentiles", "run_slots"]
 
@@ -232,6 +233,7 @@ def _bare_runtime(
         )
         return None
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: it looks a host up otherwise
+    sys.path[:0] = site_paths("onnxruntime")
     try:
         import onnxruntime
     except ImportError:

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from edged import sites
 from edged.runtimes.base import Runtime, clean_text, create_runtime, silence_telemetry
 from edged.runtimes.tiny import run_tiny_model
 
@@ -108,11 +109,7 @@ def _has_cuda() -> bool:
 
 
 def _not_installed(runtime: str, device: str, detail: str) -> dict[str, str]:
-    if device.startswith("CUDA"):
-        hint = "pip uninstall onnxruntime; pip install 'edged[cuda]'"
-    else:
-        hint = f"pip install 'edged[{'openvino' if runtime == 'openvino' else 'cpu'}]'"
-    return {"status": "not_installed", "hint": hint, "detail": detail}
+    return {"status": "not_installed", "hint": sites.get_hint(runtime, device), "detail": detail}
 
 
 def _hint(device: str) -> str:
