@@ -242,7 +242,11 @@ def _caller_groups(facts: Facts) -> Rows:
 def _sockets(facts: Facts) -> Rows:
     place = facts.place("sockets")
     if place is not None and place.node is not None and place.node.mode & 0o002:
-        yield "fail", f"{place.path} is writable by everybody: anyone could take the sockets", f"chmod o-w {quoted(place.path)}"
+        yield (
+            "fail",
+            f"{place.path} is writable by everybody: anyone could take the sockets",
+            f"chmod o-w {quoted(place.path)}",
+        )
     there = [each for each in facts.sockets if each.node is not None]
     if not there:
         where = place.path if place is not None else "/run/edged"
