@@ -87,7 +87,7 @@ class Chooser:
         """When `step` may have something to do; None when everything is chosen."""
         if self._running is not None:
             return self._running.until_s
-        if not self._lifecycle.ready or self._next() is None:
+        if not self._lifecycle.ready or not (self._placement.unverified or self._next()):
             return None
         return self._last_request_s + self._idle_needed_s
 
@@ -100,6 +100,9 @@ class Chooser:
         if self._running is not None:
             return
         if now_s < self._last_request_s + self._idle_needed_s or not self._lifecycle.ready:
+            return
+        if self._placement.unverified:
+            self._placement.verify()
             return
         found = self._next()
         if found is None:
@@ -114,7 +117,7 @@ class Chooser:
 
     def _next(self) -> tuple[Instance, Candidate] | None:
         tracks = self._registry.tracks.values()
-        if any(t.incoming is not None for t in tracks):
+        if self._placement.verifying or any(t.incoming is not None for t in tracks):
             return None
         if self._around.guard is not None and self._around.guard.level > 0:
             return None

@@ -33,7 +33,7 @@ from edged.catalog import LevelName
 from edged.children import Children
 from edged.config import Config, ConfigError
 from edged.core import Core, Identity
-from edged.devices import Candidate, matches
+from edged.devices import Candidate, Verdict, matches
 from edged.errors import Internal, InvalidArgument, ResourceExhausted
 from edged.events import (
     BadMessage,
@@ -69,6 +69,7 @@ from edged.events import (
     Ready,
     RegionFailed,
     RememberChoice,
+    RememberVerdict,
     Reply,
     RequestArrived,
     RunFailed,
@@ -308,6 +309,9 @@ class Daemon:
             PATH=str(config.server.models),
             ENDPOINT=config.server.endpoint,
         )
+        if sites.is_installed("onnxruntime") and "onnxruntime" not in config.runtimes:
+            # Nearly every model starts there: importing it now saves the first load that time.
+            self._children.spawner.start_template("onnxruntime")
         served = self._store.last_good()
         if not served:
             # Nothing ever served from there, so no mount is missing: the first start makes the folder.
@@ -316,12 +320,14 @@ class Daemon:
         self._core.entries.restore((_entry_of(good), good.staged) for good in served)
         for notice in self._store.notices:
             self._journal.emit("store_failed", DETAIL=notice)
-        if sites.is_installed("onnxruntime") and "onnxruntime" not in config.runtimes:
-            # Nearly every model starts there: importing it now saves the first load that time.
-            self._children.spawner.start_template("onnxruntime")
         for runtime, device in self._children.spawner.list_probes():
             candidate = Candidate(runtime, device)
-            if not any(matches(token, candidate) for token in self._config.devices.exclude):
+            if any(matches(token, candidate) for token in self._config.devices.exclude):
+                continue
+            known = self._store.recall_verdict(str(candidate), self._probe_mark(runtime))
+            if known is not None:
+                self._core.placement.assume(Verdict.from_wire(known))
+            else:
                 self._core.placement.probe(candidate)
         self._step(Tick())
         gc.collect()
@@ -643,8 +649,28 @@ class Daemon:
             )
         )
 
-    def _in_store(self, call: Callable[[Store], object]) -> None:
-        """A change of the store's books that brings no event."""
+    def _end_attempt(self, effect: EndAttempt) -> None:
+        self._in_store(lambda s: s.end_attempt(effect.digest))
+        self._in_store(lambda s: s.rest(), later="attempts")
+
+    def _remember_verdict(self, effect: RememberVerdict) -> None:
+        device, mark = f"{effect.runtime}:{effect.device}", self._probe_mark(effect.runtime)
+        verdict = effect.verdict
+        if verdict is None or not mark:
+            self._in_store(lambda s: s.forget_verdict(device), later=device)
+        else:
+            self._in_store(lambda s: s.remember_verdict(device, mark, verdict), later=device)
+
+    def _probe_mark(self, runtime: str) -> str:
+        """What a probe's verdict depends on, as far as it shows from here; empty when that is not enough."""
+        installed = self._children.spawner.installed_mark(runtime)
+        if not installed:
+            return ""
+        release = os.uname().release
+        return "|".join((__version__, installed, release, _cpu_name(), *sorted(_device_nodes())))
+
+    def _in_store(self, call: Callable[[Store], object], *, later: str = "") -> None:
+        """A change of the store's books that brings no event; `later`, when it can wait, says what it is."""
 
         def task() -> list[Event]:
             try:
@@ -653,7 +679,10 @@ class Daemon:
                 self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
             return []
 
-        self._helper.give(task)
+        if later:
+            self._helper.give_later(later, task)
+        else:
+            self._helper.give(task)
 
     # ------------------------------------------------------------------ time
 
@@ -703,7 +732,7 @@ class Daemon:
             FreeRegion: self._free_region,
             CancelRun: lambda e: children.tell(e.worker, ["cancel", e.run_id]),
             StartWorker: children.start_worker,
-            LoadInstance: children.load,
+            LoadInstance: lambda e: children.tell(e.worker, ["load", e.instance, e.spec]),
             CancelLoad: lambda e: children.tell(e.worker, ["cancel_load", e.instance]),
             UnloadInstance: lambda e: children.tell(e.worker, ["unload", e.instance]),
             EndWorker: lambda e: children.tell(e.worker, ["exit"]),
@@ -711,11 +740,12 @@ class Daemon:
             ShrinkWorkers: lambda _: self._shrink(),
             Stage: self._stage,
             PrepareLoad: self._prepare_load,
-            EndAttempt: lambda e: self._in_store(lambda s: s.end_attempt(e.digest)),
+            EndAttempt: self._end_attempt,
             MarkGood: self._mark_good,
             ForgetModel: lambda e: self._in_store(lambda s: s.forget_model(e.name, e.version)),
             RememberChoice: lambda e: self._in_store(lambda s: s.remember_choice(e.key, e.choice)),
-            Collect: lambda e: self._in_store(lambda s: s.collect(set(e.in_use))),
+            RememberVerdict: self._remember_verdict,
+            Collect: lambda e: self._in_store(lambda s: s.collect(set(e.in_use)), later="collect"),
             Scan: self._scan,
             Probe: children.probe,
             StartMeasure: children.start_measure,

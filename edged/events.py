@@ -55,6 +55,7 @@ __all__ = [
     "Ready",
     "RegionFailed",
     "RememberChoice",
+    "RememberVerdict",
     "Reply",
     "RequestArrived",
     "RunDone",
@@ -422,6 +423,14 @@ class RememberChoice(Effect, frozen=True):
 
     key: str
     choice: dict[str, Any]
+
+
+class RememberVerdict(Effect, frozen=True):
+    """Keep what a probe found out for the next start; None when it is not to be relied upon."""
+
+    runtime: str
+    device: str
+    verdict: dict[str, str] | None
 
 
 class Collect(Effect, frozen=True):

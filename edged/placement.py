@@ -1,7 +1,9 @@
 """Where each instance may run: the devices' verdicts, what they mean for a model, and remembered choices.
 
 Pure. `devices.plan` knows how a selector meets a set of verdicts; this holds the verdicts, asks for new ones,
-and keeps what was once found out about a content on this machine.
+and keeps what was once found out about a content on this machine. A start relies on what an earlier life's
+probes found where nothing has changed that they depend on, and asks again when the daemon is idle: a probe
+takes longer than most loads.
 """
 
 from __future__ import annotations
@@ -10,13 +12,16 @@ from collections.abc import Mapping
 from typing import Any
 
 from edged.devices import Candidate, Plan, Verdict, plan
-from edged.events import Log, Probe, Publish, RememberChoice
+from edged.events import Log, Probe, Publish, RememberChoice, RememberVerdict
 from edged.instances import Instance, Surroundings
 
 __all__ = ["Placement", "after_failure"]
 
 PROBE_WAIT_S = 2.0
 """How long the first loads wait for a better device's verdict before they start on one that works."""
+
+_LASTING = frozenset({"absent", "not_installed"})
+"""Verdicts on what is not there. The others may pass by themselves, and are never relied upon."""
 
 _MAY_BE_THE_DEVICE = ("DEVICE_FAILED", "WORKER_CRASHED", "MODEL_LOAD_TIMEOUT")
 
@@ -30,6 +35,10 @@ class Placement:
         self._around = around
         self._worked: set[Candidate] = set()
         self._wait_until_s: float | None = now_s + PROBE_WAIT_S
+        self._assumed: list[Candidate] = []
+        """Known from an earlier life, and not asked about again yet."""
+        self._asked: Candidate | None = None
+        """The one of them whose probe is out: one at a time."""
 
     # ------------------------------------------------------------------ verdicts
 
@@ -37,6 +46,33 @@ class Placement:
         """Asks for a verdict, unless one is on its way."""
         if candidate not in self.verdicts or self.verdicts[candidate] is not None:
             self.verdicts[candidate] = None
+            self._around.emit(Probe(candidate.runtime, candidate.device))
+
+    def assume(self, verdict: Verdict) -> None:
+        """Takes an earlier life's verdict for true until `verify` has asked again."""
+        candidate = verdict.candidate
+        self.verdicts[candidate] = verdict
+        self._assumed.append(candidate)
+        if verdict.status == "ok":
+            self._worked.add(candidate)
+        fields = {"RUNTIME": verdict.runtime, "DEVICE": verdict.device, "REASON": verdict.status}
+        self._around.emit(Log("device_verdict", {**fields, "DETAIL": "as in the daemon's life before"}))
+
+    @property
+    def unverified(self) -> bool:
+        """Whether something is assumed that should be asked about now."""
+        return bool(self._assumed) and self._asked is None
+
+    @property
+    def verifying(self) -> bool:
+        """Whether the probe of something assumed is out."""
+        return self._asked is not None
+
+    def verify(self) -> None:
+        """Asks again about one of those that are assumed; meanwhile it counts as before."""
+        candidate = self._assumed.pop(0)
+        if self.verdicts.get(candidate) is not None:
+            self._asked = candidate
             self._around.emit(Probe(candidate.runtime, candidate.device))
 
     def reprobe(self) -> None:
@@ -48,8 +84,14 @@ class Placement:
     def on_probed(self, verdict: Verdict) -> bool:
         """Takes a verdict; whether a device works that did not, or was not known to."""
         candidate, works = verdict.candidate, verdict.status == "ok"
+        if self._asked == candidate:
+            self._asked = None
         worked = candidate in self._worked
-        self.verdicts[candidate] = verdict
+        before, self.verdicts[candidate] = self.verdicts.get(candidate), verdict
+        kept = verdict.to_wire() if _is_lasting(verdict) else None
+        self._around.emit(RememberVerdict(verdict.runtime, verdict.device, kept))
+        if before == verdict:
+            return False
         fields = {"RUNTIME": verdict.runtime, "DEVICE": verdict.device, "REASON": verdict.status}
         if works:
             self._worked.add(candidate)
@@ -149,6 +191,16 @@ class Placement:
         return [
             (c, v.runtime_version) for c, v in self.verdicts.items() if v is not None and v.status == "ok"
         ]
+
+
+def _is_lasting(verdict: Verdict) -> bool:
+    """Whether the next start may rely on a verdict, if the machine is the same.
+
+    A driver that worked may hang at the next start, and it is the probe that has a time limit.
+    """
+    if verdict.status == "ok":
+        return not verdict.candidate.gpu_like
+    return verdict.status in _LASTING
 
 
 def after_failure(plan: tuple[Candidate, ...], reason: str) -> tuple[Candidate, ...]:

@@ -14,7 +14,7 @@ import sys
 from importlib.machinery import PathFinder
 from pathlib import Path
 
-__all__ = ["DIRECTORIES", "extra_for", "get_hint", "is_installed", "site_paths"]
+__all__ = ["DIRECTORIES", "extra_for", "get_hint", "is_installed", "origin", "site_paths"]
 
 DIRECTORIES = {"onnxruntime": ("cuda", "cpu"), "openvino": ("openvino",), "fake": ()}
 """The directories that may hold each runtime, the better one first: the one with CUDA has the CPU, too."""
@@ -36,10 +36,13 @@ def site_paths(runtime: str, *, prefix: str | None = None) -> list[str]:
 
 def is_installed(runtime: str, *, prefix: str | None = None) -> bool:
     """Whether a runtime can be imported by edged's own interpreter, found out without importing it."""
-    return (
-        runtime == "fake"
-        or PathFinder.find_spec(runtime, [*site_paths(runtime, prefix=prefix), *sys.path]) is not None
-    )
+    return runtime == "fake" or origin(runtime, prefix=prefix) is not None
+
+
+def origin(runtime: str, *, prefix: str | None = None) -> str | None:
+    """The first file of the runtime that edged's own interpreter would import; None when there is none."""
+    found = PathFinder.find_spec(runtime, [*site_paths(runtime, prefix=prefix), *sys.path])
+    return None if found is None else found.origin or ""
 
 
 def extra_for(runtime: str, device: str) -> str:

@@ -4,7 +4,7 @@ A model is never loaded from the folder that people write to. `Store.stage` copi
 directory, hashes what arrived, makes it durable and publishes it by one rename, so that a content
 directory is complete or not there at all, whatever moment the power fails. Its name is the SHA-256 of
 what it holds. The books (which content was last good, which numbers were given, which attempts to load
-were begun, what was chosen by measuring) are JSON, each replaced whole.
+were begun, what was chosen by measuring, what the probes found) are JSON, each replaced whole.
 
 Runs on one helper thread, since it waits for disks; nothing here is called by two threads at once.
 """
@@ -22,6 +22,7 @@ import shutil
 import signal
 import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,9 @@ _HISTORY_MAX = 64
 _KEYS_MAX = 8192
 _CHOICES_MAX = 512
 _ATTEMPTS_MAX = 1024
+_VERDICTS_MAX = 64
+_COARSE_S = 2.0
+"""Where files have whole seconds (FAT: every other), a change this soon after the last does not show."""
 _CHECKSUM_RE = re.compile(r"([0-9a-fA-F]{64}) [ *](?:\./)?(.+)")
 _NETWORK_FILE_SYSTEMS = ("nfs", "cifs", "smb", "fuse", "9p", "ceph", "afs", "lustre", "gfs", "ocfs")
 
@@ -73,7 +77,8 @@ class Staged:
 
     `digest` is the file's own SHA-256 for a model of a single file, else the SHA-256 over the list of
     its files. `version` is what the folder says, else the number given to this content. `known_good`
-    says that this content has served under this name before.
+    says that this content has served under this name before, `interrupted` how often in a row the daemon
+    ended while it was loaded.
     """
 
     digest: str
@@ -83,6 +88,7 @@ class Staged:
     size_bytes: int
     version: int
     known_good: bool
+    interrupted: int = 0
 
 
 @dataclass(frozen=True)
@@ -208,6 +214,10 @@ def _check_model_record(value: Any) -> None:
         _check_number(content["version"])
         if not isinstance(content["good"], bool) or not isinstance(content["kept"], bool):
             raise ValueError("a flag is no boolean")
+    seen = value.get("seen")
+    if seen is not None:
+        _check_digest(seen["stamps"])
+        _check_digest(seen["digest"])
     last = value["last_good"]
     if last is not None:
         _check_digest(last["digest"])
@@ -231,6 +241,13 @@ def _check_digest(value: object) -> None:
 def _check_choice(value: Any) -> None:
     if not isinstance(value, dict):
         raise ValueError("a choice is no object")
+
+
+def _check_verdict(value: Any) -> None:
+    if not isinstance(value["mark"], str) or not value["mark"]:
+        raise ValueError("a mark is no text")
+    if not all(isinstance(text, str) for text in value["verdict"].values()):
+        raise ValueError("a verdict is none")
 
 
 def _store_failure(error: OSError, where: Path, needed_bytes: int, keep_free_bytes: int = 0) -> StoreError:
@@ -295,6 +312,7 @@ class Store:
         self._disk_free_min_bytes = disk_free_min_bytes
         self._in_use: set[str] = set()
         self._open_attempts: dict[str, int] = {}
+        self._attempts_behind = False
         try:
             for directory in (state_dir, self._root, self._contents, self._temporary):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -308,8 +326,9 @@ class Store:
         self._models = _Book(self._root / "models.json", _check_model_record)
         self._attempts = _Book(self._root / "attempts.json", _check_number)
         self._choices = _Book(self._root / "choices.json", _check_choice)
+        self._verdicts = _Book(self._root / "verdicts.json", _check_verdict)
         self._interrupted: dict[str, int] = dict(self._attempts.data)
-        books = (self._models, self._attempts, self._choices)
+        books = (self._models, self._attempts, self._choices, self._verdicts)
         self.notices: tuple[str, ...] = tuple(book.notice for book in books if book.notice is not None)
 
     def __enter__(self) -> Store:
@@ -326,6 +345,7 @@ class Store:
             for digest in list(self._open_attempts):
                 self._open_attempts[digest] = 1
                 self.end_attempt(digest)
+            self.rest()
         finally:
             os.close(self._lock)
             self._lock = -1
@@ -351,7 +371,7 @@ class Store:
                 f"{entry.model_file} needs {size_bytes} bytes, [store] max_bytes is {self._max_bytes}",
             )
         _check_sources(sources)
-        digest = self._find_content(payload)
+        digest = self._seen(entry, payload) or self._find_content(payload)
         if digest is not None:
             _check_sources(sources)
             _verify_checksums(
@@ -361,7 +381,17 @@ class Store:
             self._make_room(size_bytes)
             digest = self._copy(entry, sources, payload, size_bytes)
         self._in_use.add(digest)
-        return self._register(entry, digest)
+        return self._register(entry, payload, digest)
+
+    def _seen(self, entry: Entry, payload: list[_Source]) -> str | None:
+        """The digest of these very files (device, inode, size and both times), hashed in an earlier life."""
+        record = self._models.data.get(_book_key(entry.name, entry.version))
+        seen = None if record is None else record.get("seen")
+        if seen is None or seen["stamps"] != _stamps(payload):
+            return None
+        digest: str = seen["digest"]
+        shape = {path: size for path, (size, _) in self._manifest(digest).items()}
+        return digest if shape == _shape(payload) and self._is_intact(digest) else None
 
     def _find_content(self, payload: list[_Source]) -> str | None:
         """The digest of a content that is there already; the sources are only read when one may match."""
@@ -520,10 +550,15 @@ class Store:
 
     # ---- the models' book
 
-    def _register(self, entry: Entry, digest: str) -> Staged:
+    def _register(self, entry: Entry, payload: list[_Source], digest: str) -> Staged:
         """Gives the content its version number and remembers that it was seen under this name."""
         key = _book_key(entry.name, entry.version)
         record = self._models.data.pop(key, None) or {"next": 1, "contents": [], "last_good": None}
+        before = json.dumps(record)
+        if _is_telling(payload):
+            record["seen"] = {"stamps": _stamps(payload), "digest": digest}
+        else:
+            record.pop("seen", None)
         contents = record["contents"]
         known = next((content for content in contents if content["digest"] == digest), None)
         if known is None:
@@ -537,7 +572,8 @@ class Store:
         del contents[:-_HISTORY_MAX]
         self._models.data[key] = record  # at the end: the book is in order of use
         self._drop_oldest_records()
-        self._models.save()
+        if json.dumps(record) != before:  # its place alone is not worth a wait for the disk
+            self._models.save()
         return self._staged(digest, known["version"], known["good"])
 
     def _drop_oldest_records(self) -> None:
@@ -558,6 +594,7 @@ class Store:
             size_bytes=sum(size for size, _ in manifest.values()),
             version=version,
             known_good=known_good,
+            interrupted=self._interrupted.get(digest, 0),
         )
 
     def mark_good(
@@ -631,33 +668,54 @@ class Store:
             self._attempts.data[digest] = self._interrupted.get(digest, 0) + 1
             for oldest in list(self._attempts.data)[:-_ATTEMPTS_MAX]:
                 del self._attempts.data[oldest]
-            self._attempts.save()
+            self._save_attempts()
         self._open_attempts[digest] = self._open_attempts.get(digest, 0) + 1
         return self._interrupted.get(digest, 0)
 
     def end_attempt(self, digest: str) -> None:
-        """The load came to an end, good or bad, and the daemon lives: the count starts again."""
+        """The load came to an end, good or bad, and the daemon lives: the count starts again.
+
+        That of a content which has served may wait for the next attempt or for `rest` to be written: should
+        the power fail before, one interruption of the eight that it is given is counted, and a start with
+        many models waits half as often for the disk.
+        """
         open_count = self._open_attempts.get(digest, 0)
         if open_count > 1:
             self._open_attempts[digest] = open_count - 1
             return
         self._open_attempts.pop(digest, None)
-        self.clear_quarantine(digest)
+        self._interrupted.pop(digest, None)
+        if self._attempts.data.pop(digest, None) is not None:
+            self._attempts_behind = True
+        if not self._has_served(digest):
+            self.rest()
 
-    def quarantined(self, digest: str) -> bool:
-        """Whether the daemon died in this content's load too often in a row: it may be what kills it."""
-        good = any(
+    def rest(self) -> None:
+        """Writes what was left for a quiet moment."""
+        if self._attempts_behind:
+            self._save_attempts()
+
+    def _save_attempts(self) -> None:
+        self._attempts.save()
+        self._attempts_behind = False
+
+    def _has_served(self, digest: str) -> bool:
+        return any(
             each["digest"] == digest and each["good"]
             for record in self._models.data.values()
             for each in record["contents"]
         )
-        return self._interrupted.get(digest, 0) >= (_INTERRUPTIONS_GOOD_MAX if good else _INTERRUPTIONS_MAX)
+
+    def quarantined(self, digest: str) -> bool:
+        """Whether the daemon died in this content's load too often in a row: it may be what kills it."""
+        most = _INTERRUPTIONS_GOOD_MAX if self._has_served(digest) else _INTERRUPTIONS_MAX
+        return self._interrupted.get(digest, 0) >= most
 
     def clear_quarantine(self, digest: str) -> None:
         """Forgets the interrupted attempts of a content."""
         self._interrupted.pop(digest, None)
         if self._attempts.data.pop(digest, None) is not None:
-            self._attempts.save()
+            self._save_attempts()
 
     def remember_choice(self, key: str, choice: dict[str, Any]) -> None:
         """Keeps what was found by measuring; the longest unused goes when there are too many."""
@@ -666,6 +724,25 @@ class Store:
         for oldest in list(self._choices.data)[:-_CHOICES_MAX]:
             del self._choices.data[oldest]
         self._choices.save()
+
+    def remember_verdict(self, device: str, mark: str, verdict: dict[str, str]) -> None:
+        """Keeps what a probe found out, for as long as `mark` says that nothing has changed since."""
+        record = {"mark": mark, "verdict": verdict}
+        if self._verdicts.data.get(device) != record:
+            self._verdicts.data[device] = record
+            for oldest in list(self._verdicts.data)[:-_VERDICTS_MAX]:
+                del self._verdicts.data[oldest]
+            self._verdicts.save()
+
+    def forget_verdict(self, device: str) -> None:
+        """Nothing is known of a device any more."""
+        if self._verdicts.data.pop(device, None) is not None:
+            self._verdicts.save()
+
+    def recall_verdict(self, device: str, mark: str) -> dict[str, str] | None:
+        """What `remember_verdict` kept, if it was under this mark."""
+        record = self._verdicts.data.get(device)
+        return dict(record["verdict"]) if record is not None and record["mark"] == mark else None
 
     def recall_choice(self, key: str) -> dict[str, Any] | None:
         """What `remember_choice` kept under this key."""
@@ -706,6 +783,21 @@ def _sources(root: Path, entry: Entry) -> tuple[list[_Source], list[_Source]]:
 
 def _shape(payload: list[_Source]) -> dict[str, int]:
     return {source.target: source.stamp.size_bytes for source in payload}
+
+
+def _stamps(payload: list[_Source]) -> str:
+    """What tells these files from any others, and from themselves after a change, in one figure."""
+    rows = [
+        (s.target, s.stamp.device, s.stamp.inode, s.stamp.size_bytes, s.stamp.mtime_ns, s.stamp.ctime_ns)
+        for s in sorted(payload, key=lambda source: source.target)
+    ]
+    return hashlib.sha256(json.dumps(rows).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _is_telling(payload: list[_Source]) -> bool:
+    """Whether a change from now on is bound to show in the stamps: they are fine enough, or old enough."""
+    coarse_ns = [s.stamp.ctime_ns for s in payload if s.stamp.ctime_ns % 1_000_000_000 == 0]
+    return not coarse_ns or time.time() - max(coarse_ns) / 1e9 > _COARSE_S
 
 
 def _sums(payload: list[_Source]) -> dict[str, str]:

@@ -1,7 +1,11 @@
 """Whose turn it is to load: a few at a time on each device, and none that memory has no room for.
 
-Pure. Loads take turns so that a folder of twenty does not storm a small board. This holds the queue and
-answers whether an instance may begin; beginning is the lifecycle's.
+Pure. Loads take turns so that a folder of twenty does not storm a small board. Two kinds are told apart from
+the rest. A *light* load, of a small content that has served before, takes tens of milliseconds on one core
+and mostly waits for others (a fork, a file, a word back), so as many of them as there are CPUs may go beside
+each other and beside the one large load. A *suspect*, during whose load the daemon ended before, goes alone:
+should it take the daemon with it again, nobody else is blamed. This holds the queue and answers whether an
+instance may begin; beginning is the lifecycle's.
 """
 
 from __future__ import annotations
@@ -21,6 +25,9 @@ LOAD_PATIENCE_S = 10.0
 
 MEMORY_RETRY_S = 5.0
 """How often a load that was refused for memory is considered again."""
+
+LIGHT_BYTES_MAX = 4 << 20
+"""A content beyond this takes a real part of a small board's memory and time to load."""
 
 RUNTIME_BYTES = 64 * 1024 * 1024
 """What a runtime takes beside the model, at the least."""
@@ -50,17 +57,32 @@ class Turns:
 
     def device_free(self, instance: Instance, now_s: float) -> bool:
         """Whether its device has room for one more load; one that takes long no longer counts."""
-        device = instance.plan[0].device
-        loading = 0
+        device, light = instance.plan[0].device, _is_light(instance)
+        suspects = bool(instance.staged.interrupted)
+        alike = others = 0
         for other in self._registry.instances.values():
-            if other.candidate is None or other.candidate.device != device:
+            if other is instance or not self._holds_up(other, now_s):
                 continue
-            if other.state is InstanceState.PREPARING:
-                loading += 1
-            elif other.state is InstanceState.LOADING and now_s < other.load_started_s + LOAD_PATIENCE_S:
-                loading += 1
-                self._patience_ends_s = min(self._patience_ends_s, other.load_started_s + LOAD_PATIENCE_S)
-        return loading < self._around.config.loading.concurrency
+            others += 1
+            suspects = suspects or bool(other.staged.interrupted)
+            if other.candidate is not None and other.candidate.device == device:
+                alike += _is_light(other) is light
+        if suspects:
+            return not others
+        concurrency = self._around.config.loading.concurrency
+        return alike < (max(concurrency, self._around.machine.cpus) if light else concurrency)
+
+    def _holds_up(self, instance: Instance, now_s: float) -> bool:
+        """Whether an instance is being loaded, and not so slowly that nobody should wait for it."""
+        if instance.state is InstanceState.PREPARING:
+            return True
+        if instance.state is not InstanceState.LOADING:
+            return False
+        patience_ends_s = instance.load_started_s + LOAD_PATIENCE_S
+        if now_s >= patience_ends_s:
+            return False
+        self._patience_ends_s = min(self._patience_ends_s, patience_ends_s)
+        return True
 
     def memory_allows(self, instance: Instance, now_s: float) -> bool:
         """Whether there is memory for it; if not, its reason says how much is missing."""
@@ -99,3 +121,9 @@ class Turns:
         """When the queue should be looked at again, without anything else having happened."""
         due = min(self._memory_retry_s, self._patience_ends_s)
         return None if due == math.inf else due
+
+
+def _is_light(instance: Instance) -> bool:
+    """Whether its load is a matter of moments, as far as can be known before."""
+    staged = instance.staged
+    return bool(staged.known_good and staged.size_bytes <= LIGHT_BYTES_MAX)

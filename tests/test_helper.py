@@ -73,3 +73,18 @@ def test_closing_finishes_what_was_given() -> None:
         helper.give(lambda number=number: seen.append(number) or [])
     helper.close(WAIT_S)
     assert seen == list(range(100))
+
+
+def test_what_can_wait_is_done_once_when_nothing_else_was_given_for_a_moment() -> None:
+    """However often it was asked for, after all that was given meanwhile; and at the end in any case."""
+    done = threading.Event()
+    seen: list[object] = []
+    helper = Helper("test", Mailbox(lambda: None), lambda text: None)
+    for number in range(10):
+        helper.give(lambda number=number: seen.append(number) or [])
+        helper.give_later("sum", lambda number=number: seen.append(("sum", number)) or done.set() or [])
+    assert done.wait(WAIT_S)
+    assert seen == [*range(10), ("sum", 9)]
+    helper.give_later("last", lambda: seen.append("last") or [])
+    helper.close(WAIT_S)
+    assert seen[-1] == "last"

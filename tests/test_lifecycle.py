@@ -6,6 +6,8 @@ from typing import Any
 
 import pytest
 
+from edged.choosing import IDLE_FIRST_S
+from edged.devices import Candidate, Verdict
 from edged.errors import NotFound, Unavailable
 from edged.events import (
     CancelLoad,
@@ -20,6 +22,7 @@ from edged.events import (
     PrepareLoad,
     Probe,
     Publish,
+    RememberVerdict,
     Sampled,
     Stage,
     StartWorker,
@@ -342,6 +345,67 @@ def test_loads_take_turns() -> None:
         world.finish_loads()
         world.settle()
         assert len(world.loads()) == n
+
+
+def test_small_content_that_has_served_loads_beside_others() -> None:
+    """As many as there are CPUs, and the large or new one beside them; what is new takes its turn."""
+    world = World()
+    world.hold_loads = True
+    world.served = {f"{name}-1" for name in "abcdefg"}
+    for name in ("new", *"abcdefg", "newer"):
+        world.put(name, device="cpu")
+    world.settle()
+    loading = [i.name for i in world.registry.instances.values() if i.state is S.LOADING]
+    assert loading == ["new", "a", "b", "c", "d"]
+    world.finish_loads()
+    world.settle()
+    assert len(world.loads()) == 9
+
+
+def test_content_whose_load_was_interrupted_loads_alone() -> None:
+    """If it takes the daemon with it again, nobody else was loading, so nobody else is blamed."""
+    world = World()
+    world.hold_loads = True
+    world.served = {"a-1", "b-1", "c-1"}
+    world.interrupted = {"b-1": 1}
+    for name in "abc":
+        world.put(name)
+    world.settle()
+    seen = []
+    for _ in range(2):
+        seen.append(sorted(i.name for i in world.registry.instances.values() if i.state is S.LOADING))
+        world.finish_loads()
+        world.settle()
+    assert seen == [["a", "c"], ["b"]]
+
+
+def test_what_an_earlier_life_probed_is_relied_upon_until_it_is_asked_again() -> None:
+    """A start waits for no probe; when the daemon is idle each device is asked, and what is true is told."""
+    world = World(verdicts={}, boot=False)
+    world.statuses = {CPU: "ok", OV_CPU: "ok", CUDA: "ok"}
+    placement = world.core.placement
+    placement.assume(Verdict("onnxruntime", "CPU", "ok", runtime_version="1.0"))
+    placement.assume(Verdict("onnxruntime", "CUDA:0", "absent"))
+    placement.assume(Verdict("openvino", "CPU", "ok", runtime_version="1.0"))
+    world.put("m")
+    world.settle()
+    assert world.loads() == [CPU]
+    assert not [e for e in world.effects if isinstance(e, Probe)]
+    world.pass_time(IDLE_FIRST_S + 0.5)
+    assert [e.device for e in world.effects if isinstance(e, Probe)] == ["CPU", "CUDA:0", "CPU"]
+    assert placement.verdicts[CUDA] == Verdict("onnxruntime", "CUDA:0", "ok", runtime_version="1.0")
+    assert [fields["DEVICE"] for fields in world.logs("device_verdict")][3:] == ["CUDA:0"]
+    assert {m.spec["candidate"]["device"] for m in world.measures.values()} == {"CUDA:0"}
+
+
+def test_only_verdicts_that_last_are_kept_for_the_next_start() -> None:
+    """A CPU that works, and what is not there; a driver that worked may hang the next time."""
+    world = World(
+        verdicts={CPU: "ok", CUDA: "ok", GPU: "absent", Candidate("openvino", "NPU"): "busy"},
+    )
+    world.settle()
+    kept = {(e.device, e.verdict is not None) for e in world.effects if isinstance(e, RememberVerdict)}
+    assert kept == {("CPU", True), ("CUDA:0", False), ("GPU.0", True), ("NPU", False)}
 
 
 def test_the_first_load_waits_a_moment_for_a_better_device() -> None:

@@ -11,6 +11,7 @@ import signal
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 
 from edged import store as module
 from edged.config import ModelSettings
-from edged.repository import Entry, scan
+from edged.repository import Entry, FileStamp, scan
 from edged.store import Staged, Store, StoreError, content_digest, is_being_written
 
 REPOSITORY = Path(__file__).parent.parent
@@ -155,6 +156,39 @@ def test_the_same_content_is_not_copied_twice(
 
     monkeypatch.setattr(module, "_clone_or_copy", no_copy)
     assert stage(store, root, b"weights") == first
+
+
+def test_the_same_files_are_not_read_again_in_the_next_life(
+    tmp_path: Path, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By their stamps they are what they were; touched, they are hashed, and a damaged copy is made anew."""
+    with open_store(tmp_path) as store:
+        first = stage(store, root, b"weights")
+    hashed: list[int] = []
+    read = module._hash
+    monkeypatch.setattr(module, "_hash", lambda fd: hashed.append(fd) or read(fd))
+    with open_store(tmp_path) as store:
+        assert store.stage(root, find(root)) == first
+        assert not hashed
+        os.utime(root / "net.onnx")
+        assert store.stage(root, find(root)) == first
+        assert len(hashed) == 1
+        (first.model_path.parent / "model.onnx").unlink()
+        assert store.stage(root, find(root)).digest == first.digest
+        assert first.model_path.read_bytes() == b"weights"
+        assert stage(store, root, b"other 7").digest == sha256(b"other 7")
+
+
+def test_stamps_of_whole_seconds_tell_nothing_about_files_of_just_now(root: Path) -> None:
+    """A file system that counts in seconds may hide a change within the same one."""
+
+    def source(ctime_s: float) -> module._Source:
+        return module._Source("", FileStamp("net.onnx", 1, 1, 1, 1, int(ctime_s * 1e9)), "model.onnx")
+
+    now_s = int(time.time())
+    assert not module._is_telling([source(now_s)])
+    assert module._is_telling([source(now_s + 0.25)])
+    assert module._is_telling([source(now_s - 60)])
 
 
 def test_a_copy_with_a_second_name_or_another_size_is_made_anew(store: Store, root: Path) -> None:
@@ -599,6 +633,44 @@ def test_an_attempt_that_ends_or_a_clean_stop_counts_for_nothing(tmp_path: Path)
 
 
 # ---- one owner, and sudden death
+
+
+def test_the_end_of_a_good_contents_attempt_waits_for_a_quiet_moment(tmp_path: Path, root: Path) -> None:
+    """Its beginning is on disk before the load, its end by `rest` or by the next beginning."""
+    book = tmp_path / "state" / "store" / "attempts.json"
+    with open_store(tmp_path) as store:
+        good = stage(store, root, b"good").digest
+        mark(store, stage(store, root, b"good"))
+        new = stage(store, root, b"new", "other").digest
+        store.begin_attempt(good)
+        store.end_attempt(good)
+        assert json.loads(book.read_bytes()) == {good: 1}
+        store.begin_attempt(new)
+        assert json.loads(book.read_bytes()) == {new: 1}
+        store.end_attempt(new)
+        assert json.loads(book.read_bytes()) == {}
+        store.begin_attempt(good)
+        store.end_attempt(good)
+        store.rest()
+        assert json.loads(book.read_bytes()) == {}
+
+
+def test_verdicts_are_kept_while_nothing_changes(tmp_path: Path) -> None:
+    """Under another mark there is none, and a record of another shape costs that record only."""
+    verdict = {"runtime": "onnxruntime", "device": "CPU", "status": "ok"}
+    with open_store(tmp_path) as store:
+        store.remember_verdict("onnxruntime:CPU", "a", verdict)
+        store.remember_verdict("onnxruntime:CUDA:0", "a", verdict)
+        store.forget_verdict("onnxruntime:CUDA:0")
+    with open_store(tmp_path) as store:
+        assert store.recall_verdict("onnxruntime:CPU", "a") == verdict
+        assert store.recall_verdict("onnxruntime:CPU", "b") is None
+        assert store.recall_verdict("onnxruntime:CUDA:0", "a") is None
+    book = tmp_path / "state" / "store" / "verdicts.json"
+    book.write_text(json.dumps({**json.loads(book.read_text()), "x": {"mark": 7}, "y": []}))
+    with open_store(tmp_path) as store:
+        assert len(store.notices) == 1
+        assert store.recall_verdict("onnxruntime:CPU", "a") == verdict
 
 
 def test_a_state_directory_has_one_owner(tmp_path: Path) -> None:

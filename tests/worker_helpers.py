@@ -80,13 +80,7 @@ class Handle:
         return self._said.pop(0)
 
     def send(
-        self,
-        inputs: Mapping[str, Any],
-        *,
-        instance: int = 1,
-        slot: int = 0,
-        outputs: Any = None,
-        deadline_ns: int = 0,
+        self, inputs: Mapping[str, Any], *, instance: int = 1, slot: int = 0, outputs: Any = None
     ) -> int:
         """Sends a run; its id."""
         self._runs += 1
@@ -98,7 +92,7 @@ class Handle:
             view[at : at + len(raw)] = raw
             placed.append([name, datatype, shape, at, len(raw)])
             at += len(raw)
-        assert self.process.send_run(["run", self._runs, instance, slot, deadline_ns, placed, outputs])
+        assert self.process.send_run(["run", self._runs, instance, slot, placed, outputs])
         return self._runs
 
     def answer(self) -> list[Any]:

@@ -155,6 +155,10 @@ class World:
         self.fault: str | None = None
         self.versions: dict[str, list[str]] = {}
         self.quarantined: set[str] = set()
+        self.served: set[str] = set()
+        """Digests that have served in an earlier life."""
+        self.interrupted: dict[str, int] = {}
+        """How often the daemon ended while it loaded them."""
         self.stage_faults: dict[str, tuple[str, bool]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
         self.load_crashes = 0
@@ -225,7 +229,8 @@ class World:
             known.append(digest)
         version = entry.version if entry.version is not None else known.index(digest) + 1
         path = Path("/store") / digest
-        return StoredCopy(digest, path, path / "model.onnx", None, 1000, version, False)
+        good, interrupted = digest in self.served, self.interrupted.get(digest, 0)
+        return StoredCopy(digest, path, path / "model.onnx", None, 1000, version, good, interrupted)
 
     # ------------------------------------------------------------------ events in
 

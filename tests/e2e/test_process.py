@@ -29,6 +29,8 @@ pytestmark = pytest.mark.e2e
 
 ONE = {"m.onnx": zoo.versioned(1)}
 SLOW = {"slow.onnx": zoo.slow()}
+CPU = "onnxruntimeCPU"
+RELIED_UPON = "as in the daemon's life before"
 
 
 def slow_request(request_id: int, trips: int) -> dict[str, Any]:
@@ -51,6 +53,29 @@ def second(daemon: Daemon, tmp_path: Path, **changes: Path) -> subprocess.Comple
     return subprocess.run(
         command, env=environ, capture_output=True, text=True, timeout=WAIT_S, check=False, cwd=tmp_path
     )
+
+
+def test_the_next_life_relies_on_what_the_last_one_probed(tmp_path: Path) -> None:
+    """It loads before any probe has answered; a runtime that was touched since is probed anew."""
+    with running_daemon(tmp_path, models=ONE) as daemon:
+        assert daemon.stop() == 0
+        daemon.start()
+        first, again = (r["DETAIL"] for r in verdicts(daemon) if r["RUNTIME"] + r["DEVICE"] == CPU)
+        assert (first == RELIED_UPON, again == RELIED_UPON) == (False, True)
+        assert daemon.stop() == 0
+        book = daemon.state / "store" / "verdicts.json"
+        told = json.loads(book.read_bytes())
+        assert {key for key, each in told.items() if each["mark"]} >= {"onnxruntime:CPU"}
+        told["onnxruntime:CPU"]["mark"] += " of another build"
+        book.write_text(json.dumps(told))
+        daemon.start()
+        last = [r for r in verdicts(daemon) if r["RUNTIME"] + r["DEVICE"] == CPU][-1]
+        assert (last["REASON"], last["DETAIL"]) == ("ok", first)
+
+
+def verdicts(daemon: Daemon) -> list[dict[str, Any]]:
+    """The log's lines about devices."""
+    return [r for line in daemon.log().splitlines() if (r := json.loads(line))["event"] == "device_verdict"]
 
 
 def test_the_first_start_makes_the_models_folder(tmp_path: Path) -> None:

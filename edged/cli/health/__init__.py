@@ -1,1 +1,0 @@
-"""What `edgectl doctor` knows and thinks: `facts` are what was seen, `gather` sees it, `checks` judges it."""
