@@ -50,19 +50,14 @@ class Arena:
     """
 
     def __init__(self, slots: int, *, bytes_max: int) -> None:
-        self.slots = slots
+        self.slots = 0
         self.bytes_max = max(bytes_max, SLOT_BYTES_MIN)
         self._fds: list[int] = []
         self._maps: list[mmap.mmap] = []
         self._views: list[memoryview] = []
         try:
-            for slot in range(slots):
-                fd = os.memfd_create(f"edged-slot-{slot}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
-                self._fds.append(fd)
-                os.ftruncate(fd, SLOT_BYTES_MIN)
-                fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
-                self._maps.append(mmap.mmap(fd, SLOT_BYTES_MIN))
-                self._views.append(memoryview(self._maps[-1]))
+            for _ in range(slots):
+                self.add_slot()
         except BaseException:
             self.close()
             raise
@@ -75,6 +70,23 @@ class Arena:
 
     def __repr__(self) -> str:
         return f"<Arena slots={self.slots} sizes={[len(m) for m in self._maps]}>"
+
+    def add_slot(self) -> int:
+        """One slot more; its number. Raises OSError when the system has no memory or descriptor for it."""
+        slot = self.slots
+        fd = os.memfd_create(f"edged-slot-{slot}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+        try:
+            os.ftruncate(fd, SLOT_BYTES_MIN)
+            fcntl.fcntl(fd, fcntl.F_ADD_SEALS, _SEALS)
+            mapped = mmap.mmap(fd, SLOT_BYTES_MIN)
+        except OSError:
+            os.close(fd)
+            raise
+        self._fds.append(fd)
+        self._maps.append(mapped)
+        self._views.append(memoryview(mapped))
+        self.slots += 1
+        return slot
 
     def fd(self, slot: int) -> int:
         """The slot's descriptor, to be passed to the worker once."""

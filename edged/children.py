@@ -12,15 +12,17 @@ import contextlib
 import math
 import select
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Protocol
 
-from edged.arena import ArenaBoundsError, aligned
+from edged.arena import ArenaBoundsError
+from edged.assembly import batch_bytes, inputs_bytes, place_batch, place_inputs
 from edged.errors import ResourceExhausted
 from edged.events import (
     Event,
     InstanceLoaded,
     InstanceLoadFailed,
+    LoadInstance,
     Measured,
     Probe,
     Probed,
@@ -122,6 +124,24 @@ class Children:
         self._loop.watch(process.data_fd, lambda: self._on_data(effect.worker, process))
         self._loop.watch(process.control_fd, lambda: self._on_control(effect.worker, process))
 
+    def load(self, effect: LoadInstance) -> None:
+        """Tells a worker to load, and gives it before that a slot for each run that it may then be given."""
+        process = self._workers.get(effect.worker)
+        if process is None:
+            return
+        try:
+            if not process.widen(effect.spec.get("instances", 1)):
+                process.kill()  # its control thread has not read for hundreds of packets
+        except OSError as e:  # no memory, no descriptors: the load fails, what is loaded serves on
+            message = f"no memory to share with the worker: {e.strerror}"
+            code = ResourceExhausted("").code.value
+            self._step(InstanceLoadFailed(effect.worker, effect.instance, code, "MEMORY_LIMIT", message))
+            return
+        except HungUp:
+            self._hung_up(effect.worker, process)
+            return
+        self.tell(effect.worker, ["load", effect.instance, effect.spec])
+
     def tell(self, worker: int, packet: list[Any]) -> None:
         """A word on a worker's control socket; one that is gone does not hear it."""
         process = self._workers.get(worker)
@@ -211,37 +231,38 @@ class Children:
         process = self._workers.get(effect.worker)
         if process is None:
             return  # It hung up; its end is about to be told, and answers this run.
-        (job,) = effect.jobs
-        total = sum([aligned(len(tensor.raw)) for tensor in job.inputs])
-        at, tensors, leased = 0, [], job.into is not None
+        jobs = effect.jobs
         try:
-            view = process.arena.slot_view(effect.slot, total)
-            for tensor in job.inputs:
-                part = tensor.part
-                if part is not None:
-                    leased = True
-                    tensors.append(
-                        [tensor.name, tensor.datatype, tensor.shape, part.offset, part.nbytes, part.region]
-                    )
-                    continue
-                size = len(tensor.raw)
-                view[at : at + size] = tensor.raw
-                tensors.append([tensor.name, tensor.datatype, tensor.shape, at, size])
-                at = aligned(at + size)
-            packet = ["run", effect.run_id, effect.instance, effect.slot, tensors, job.outputs]
-            if leased:
-                packet.append(self._share_regions(process, job))
+            if len(jobs) == 1:
+                inputs = jobs[0].inputs
+                view = process.arena.slot_view(effect.slot, inputs_bytes(inputs))
+                tensors, leased = place_inputs(view, inputs)
+            else:
+                view = process.arena.slot_view(effect.slot, batch_bytes(jobs))
+                tensors, leased = place_batch(view, jobs)
+            deadline_ns = 0 if effect.deadline_s == math.inf else int(effect.deadline_s * 1e9)
+            packet = [
+                "run",
+                effect.run_id,
+                effect.instance,
+                effect.slot,
+                deadline_ns,
+                tensors,
+                jobs[0].outputs,
+            ]
+            if leased or jobs[0].into is not None:
+                packet.append(self._share_regions(process, jobs))
             if not process.send_run(packet):
-                process.kill()  # two packets outstanding at most: a full socket is a worker gone wrong
+                process.kill()  # one packet a slot outstanding at most: a full socket is a worker gone wrong
         except ResourceExhausted as e:
             self._step(RunFailed(effect.worker, effect.run_id, e.code.value, e.reason or "", e.message))
         except HungUp:
             self._hung_up(effect.worker, process)
 
-    def _share_regions(self, process: WorkerProcess, job: Job) -> dict[str, list[int]]:
+    def _share_regions(self, process: WorkerProcess, jobs: Sequence[Job]) -> dict[str, list[int]]:
         """Gives a worker the leased memory that a run uses, each region once; returns where outputs go."""
-        into = job.into or {}
-        parts = [tensor.part for tensor in job.inputs if tensor.part is not None]
+        into = jobs[0].into or {}
+        parts = [tensor.part for job in jobs for tensor in job.inputs if tensor.part is not None]
         for part in (*parts, *into.values()):
             if part.region not in process.regions:
                 if not process.send_control(["region", part.region], self._region_fd(part.region)):

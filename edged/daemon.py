@@ -732,7 +732,7 @@ class Daemon:
             FreeRegion: self._free_region,
             CancelRun: lambda e: children.tell(e.worker, ["cancel", e.run_id]),
             StartWorker: children.start_worker,
-            LoadInstance: lambda e: children.tell(e.worker, ["load", e.instance, e.spec]),
+            LoadInstance: children.load,
             CancelLoad: lambda e: children.tell(e.worker, ["cancel_load", e.instance]),
             UnloadInstance: lambda e: children.tell(e.worker, ["unload", e.instance]),
             EndWorker: lambda e: children.tell(e.worker, ["exit"]),

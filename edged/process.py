@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import errno
 import json
+import math
 import os
 import signal
 import socket
@@ -37,6 +38,9 @@ PACKETS_PER_TURN = 64
 
 LARGE_REPLY_BYTES_MAX = 17 << 20
 """Of one reply that came by way of the slot: a little more than a worker allows itself."""
+
+BATCH_TIMES_MAX = 64
+"""Sizes of a batch that a worker may have tried; it tries seven and its owner's own."""
 
 PROBE_REPLY_BYTES_MAX = 64 * 1024
 """Of a probe's verdict; what is beyond it is cut, which makes it unreadable and so a driver_error."""
@@ -325,6 +329,17 @@ class WorkerProcess:
     def __repr__(self) -> str:
         return f"<WorkerProcess {self.runtime} pid={self.pid} {self._ended or 'running'}>"
 
+    def widen(self, concurrency: int) -> bool:
+        """Gives the worker slots for so many runs at once and one more; False when its socket is full.
+
+        It never has fewer again. Raises WorkerGone, and OSError when the system has no memory for them.
+        """
+        while self.arena.slots < concurrency + 1:
+            slot = self.arena.add_slot()
+            if not self.send_control(["slot", slot], self.arena.fd(slot)):
+                return False
+        return True
+
     def send_run(self, packet: list[Any]) -> bool:
         """Sends a run; False when the worker's socket is full. Raises WorkerGone."""
         self._runs.add(packet[1])
@@ -366,6 +381,10 @@ class WorkerProcess:
                     if packet[1] not in self._loads:
                         continue  # another worker's, or withdrawn
                     self._loads.remove(packet[1])
+                    if packet[0] == "loaded" and packet[2]["instances"] >= self.arena.slots:
+                        raise ValueError(
+                            f"{packet[2]['instances']} runs at once, with {self.arena.slots} slots"
+                        )
                 heard.append(packet)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise self._gone_wrong(e) from None
@@ -661,6 +680,20 @@ def _check_answer(packet: list[Any]) -> None:
     raise ValueError(f"{str(packet)[:200]} is no answer")
 
 
+def _is_batch(batch: Any) -> bool:
+    """Whether this is what a worker says of batches: as the supervisor reckons with these figures."""
+    times = batch["times_us"]
+    return (
+        type(batch["max"]) is int
+        and batch["max"] >= 1
+        and type(batch["why"]) is str
+        and type(times) is list
+        and len(times) <= BATCH_TIMES_MAX
+        and all(type(rows) is int and rows >= 1 for rows, _ in times)
+        and all(type(us) in (int, float) and 0 <= us < math.inf for _, us in times)
+    )
+
+
 def _check_word(packet: list[Any]) -> None:
     """Raises unless this is something that a worker says on its control socket."""
     kind = packet[0]
@@ -673,6 +706,8 @@ def _check_word(packet: list[Any]) -> None:
         texts += [s.datatype for s in specs]
         good = type(instance) is int and all(type(text) is str for text in texts)
         good &= all(type(d) is int for s in specs for d in s.shape or ())
+        good &= type(info["instances"]) is int and info["instances"] >= 1
+        good &= _is_batch(info["batch"])
         good &= type(info.get("rss_bytes") or 0) is int and type(info.get("metadata") or {}) is dict
     elif kind == "load_failed":
         _, instance, *texts = packet

@@ -59,19 +59,30 @@ class _FakeModel:
         self.device = request.device
         self.precision = "f32"
         self.threads = request.threads
+        self.instances = request.instances
         self.fallback_reason: str | None = None
         self._behaviour = settings["run"]
         self._seconds = HANG_S if self._behaviour == "hang" else float(settings["seconds"])
-        self._cancel = threading.Event()
+        self._cancels: dict[int, threading.Event] = {}
 
-    def run(self, feeds: Mapping[str, Any], output_names: Sequence[str]) -> list[Any]:
-        self._cancel.clear()
+    def run(
+        self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
+    ) -> list[Any]:
+        cancelled = self._cancels[run] = threading.Event()
+        try:
+            return self._run(feeds, output_names, cancelled)
+        finally:
+            del self._cancels[run]
+
+    def _run(
+        self, feeds: Mapping[str, Any], output_names: Sequence[str], cancelled: threading.Event
+    ) -> list[Any]:
         for spec in self.inputs:
             if spec.name not in feeds and not spec.optional:
                 raise RunFailed(Code.INVALID_ARGUMENT, "MISSING_INPUT", f"input '{spec.name}' is missing")
         for name, array in feeds.items():
             self._check(name, array)
-        if self._seconds and self._cancel.wait(self._seconds):
+        if self._seconds and cancelled.wait(self._seconds):
             raise RunFailed(Code.CANCELLED, "CANCELLED", "the request was cancelled while it ran")
         self._behave()
         sources = dict(zip([s.name for s in self.outputs], [s.name for s in self.inputs]))  # noqa: B905 - as many as there are
@@ -84,11 +95,10 @@ class _FakeModel:
             for n in output_names
         ]
 
-    def forget_inputs(self) -> None:
-        return
-
-    def cancel(self) -> None:
-        self._cancel.set()
+    def cancel(self, run: int = 0) -> None:
+        going_on = self._cancels.get(run)
+        if going_on is not None:
+            going_on.set()
 
     def shrink(self) -> None:
         return

@@ -1,9 +1,8 @@
 """The worker process: runs models, and as little else as it can.
 
-Three threads. The main thread only serves the data socket: receive a run, view its inputs in the shared
-slot, run, write the outputs behind them, answer. The control thread takes loads, cancels and the rest, and
-hands loads to a loader thread, so that a model can be loaded, or its load withdrawn, while others run. They
-share no lock on the way of a request: what both touch is a plain attribute with one writer.
+The main thread, and as many more as the model has instances, are run threads: they serve the data socket and
+do nothing else (`runner`). The control thread takes loads, cancels and the rest, and hands loads to a loader
+thread, so that a model can be loaded, or its load withdrawn, while others run.
 
 A worker trusts its supervisor and nobody else; the model it runs may kill it at any time, and must not be
 able to do more than that. Runs on Python 3.10 too, with numpy, msgpack and a runtime.
@@ -16,13 +15,10 @@ import ctypes
 import errno
 import gc
 import json
-import mmap
 import os
 import resource
-import select
 import signal
 import socket
-import sys
 import threading
 import time
 import traceback
@@ -32,13 +28,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgpack
-import numpy as np
 
-from edged import agreement, arrays
-from edged.arena import ALIGN_BYTES, SlotMap, aligned
-from edged.errors import Code, EdgedError, Internal, InvalidArgument
+from edged import agreement
+from edged.errors import Code
+from edged.runner import PACKET_BYTES_MAX, Loaded, Runner
 from edged.runtimes.base import (
-    DTYPES,
     LoadCancel,
     LoadFailed,
     LoadRequest,
@@ -53,37 +47,8 @@ from edged.runtimes.onnxfile import steady_inputs
 
 __all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "run_worker"]
 
-PACKET_BYTES_MAX = 256 * 1024
-"""Room for any packet: the kernel's default bound is 212,960 bytes."""
-
-INLINE_REPLY_BYTES_MAX = 150_000
-"""A reply beyond this goes through the slot; well below what the socket takes."""
-
-LARGE_REPLY_BYTES_MAX = 16 << 20
-"""Of one reply's sequences and maps: they stand in the reply's header, which its client reads at once."""
-
-CANCELLED_MAX = 4096
-"""Cancels kept for runs that have not begun; more than any queue between the two can hold."""
-
-CANCEL_TRIES, CANCEL_PAUSE_S = 25, 0.002
-"""A cancel that meets a run before the runtime has begun it is lost, so it is said again for 50 ms."""
-
 OOM_SCORE = 500
 """Under memory pressure the kernel should take a worker, never the supervisor."""
-
-SPIN_S = 600e-6
-"""How long the next request is looked for without sleeping, while they come that fast one after the other."""
-
-REGION_WAIT_S = 2.0
-"""How long a run waits for a region that the control thread has not been given yet: the two have sockets of
-their own, and whichever is read first."""
-
-IN_PLACE = frozenset({"FP16", "BF16", "FP32", "FP64"})
-"""What may be read where the client can change it, if the model only computes with it. An integer may be an
-index, and one that changes between a runtime's check and its use reads beyond the tensor."""
-
-EXIT_FATAL = 70
-"""The device failed under the process (EX_SOFTWARE): the supervisor starts another."""
 
 
 @dataclass(frozen=True)
@@ -98,241 +63,21 @@ class WorkerSettings:
     file_bytes: int | None = None
 
 
-@dataclass
-class _Loaded:
-    model: Model
-    output_names: list[str]
-    datatypes: dict[str, str]
-    optional_outputs: frozenset[str]
-    steady_inputs: frozenset[str]
-    """What the model reads may change while it runs."""
-
-
 class Worker:
-    """The three threads and what they share."""
+    """The control thread, the loads, and the run threads that `serve` is one of."""
 
     def __init__(
         self, data: socket.socket, control: socket.socket, runtimes: Mapping[str, Runtime] | None = None
     ) -> None:
-        self._data = data
         self._control = control
         self._runtimes: dict[str, Runtime] = dict(runtimes or {})
-        self._slots = SlotMap()
-        self._regions: dict[int, mmap.mmap] = {}
-        self._region_came = threading.Condition()  # only for a run that is ahead of its region
-        self._models: dict[int, _Loaded] = {}
+        self._runner = Runner(data)
         self._loads: dict[int, LoadCancel] = {}
-        self._running: int | None = None
-        self._running_model: Model | None = None
-        self._cancelled: dict[int, None] = {}
         self._loader_turn = threading.Lock()  # one load at a time, off every request's way
-
-    # The main thread.
 
     def serve(self) -> None:
         """Serves runs until the supervisor hangs up."""
-        buffer = bytearray(PACKET_BYTES_MAX)
-        view = memoryview(buffer)
-        receive, send, unpack, pack = self._data.recv_into, self._data.send, msgpack.unpackb, msgpack.packb
-        poller = select.poll()
-        poller.register(self._data, select.POLLIN)
-        may_spin = len(os.sched_getaffinity(0)) > 1
-        replied_s, spins = 0.0, False
-        while True:
-            if spins:
-                _spin(poller, replied_s + SPIN_S)
-            size = receive(buffer)
-            if size == 0:
-                return
-            # Whoever asked again so soon will do so once more; who comes at his own pace gains nothing by it.
-            spins = may_spin and time.monotonic() - replied_s < SPIN_S
-            packet = unpack(view[:size])
-            reply = self._run(packet)
-            raw = pack(reply)
-            if len(raw) > INLINE_REPLY_BYTES_MAX:
-                raw = pack(self._large_reply(reply, raw, packet[4]))
-            send(raw)
-            replied_s = time.monotonic()
-
-    def _run(self, packet: list[Any]) -> list[Any]:
-        into = packet.pop() if len(packet) == 7 else None
-        _, run_id, instance, slot, inputs, wanted = packet
-        self._running = run_id
-        model: Model | None = None
-        try:
-            loaded = self._models[instance]
-            self._running_model = model = loaded.model
-            if self._cancelled and run_id in self._cancelled:
-                return ["failed", run_id, slot, "CANCELLED", "CANCELLED", "the request was cancelled"]
-            feeds: dict[str, Any] = {}
-            if into is not None:
-                inputs[:] = self._leased_feeds(feeds, inputs, loaded)
-            end = max([offset + nbytes for _, _, _, offset, nbytes in inputs], default=0)
-            buffer = self._slots.buffer(slot, end)
-            for name, datatype, shape, offset, nbytes in inputs:
-                dtype = DTYPES.get(datatype)
-                if dtype is not None:
-                    feeds[name] = np.ndarray(shape, dtype, buffer, offset)
-                else:
-                    feeds[name] = arrays.from_raw(datatype, shape, buffer[offset : offset + nbytes])
-            names = wanted if wanted is not None else loaded.output_names
-            began_ns = time.perf_counter_ns()
-            values = model.run(feeds, names)
-            compute_ns = time.perf_counter_ns() - began_ns
-            return ["done", run_id, slot, self._write(slot, end, loaded, names, values, into), compute_ns]
-        except Exception as e:  # noqa: BLE001 - the worker's edge: whatever a run raises becomes its answer
-            return self._failed(run_id, instance, slot, e)
-        finally:
-            self._running = self._running_model = None
-            if into is not None and model is not None:
-                model.forget_inputs()
-            if self._cancelled:
-                self._cancelled.pop(run_id, None)
-
-    def _leased_feeds(
-        self, feeds: dict[str, Any], inputs: Sequence[list[Any]], loaded: _Loaded
-    ) -> list[list[Any]]:
-        """Feeds what lies in leased memory; returns the other inputs.
-
-        The client can write while the model runs. So only what cannot mislead a runtime is read in place, and
-        only where it is aligned as the runtimes want it; the rest is copied first and then looked at.
-        """
-        others: list[list[Any]] = []
-        for row in inputs:
-            if len(row) == 5:
-                others.append(row)
-                continue
-            name, datatype, shape, offset, nbytes, region = row
-            buffer = self._region(region)
-            dtype = DTYPES.get(datatype)
-            if dtype is None:
-                feeds[name] = arrays.from_raw(datatype, shape, buffer[offset : offset + nbytes])
-                continue
-            array = np.ndarray(shape, dtype, buffer, offset)
-            if datatype not in IN_PLACE or name not in loaded.steady_inputs or offset % ALIGN_BYTES:
-                array = array.copy()
-            if datatype == "BOOL" and array.size and array.view(np.uint8).max() > 1:
-                raise InvalidArgument(f"input '{name}': a BOOL byte is 0 or 1", reason="BAD_DATA")
-            feeds[name] = array
-        return others
-
-    def _region(self, region: int) -> mmap.mmap:
-        """A region's mapping, of which the control thread may be about to hear."""
-        found = self._regions.get(region)
-        if found is None:
-            with self._region_came:
-                self._region_came.wait_for(lambda: region in self._regions, REGION_WAIT_S)
-            found = self._regions.get(region)
-        if found is None:
-            raise Internal("the leased memory could not be mapped by the worker", reason="REGION_NOT_MAPPED")
-        return found
-
-    def _add_region(self, region: int, fd: int) -> None:
-        try:
-            mapped = mmap.mmap(fd, os.fstat(fd).st_size)
-        except OSError:
-            return  # no address space: the run that needs it says so, the worker goes on
-        finally:
-            os.close(fd)
-        with self._region_came:
-            self._regions[region] = mapped
-            self._region_came.notify_all()
-
-    def _write(
-        self,
-        slot: int,
-        end: int,
-        loaded: _Loaded,
-        names: Sequence[str],
-        values: Sequence[Any],
-        into: Mapping[str, list[int]] | None,
-    ) -> list[list[Any]]:
-        """Puts the outputs behind the inputs, or where `into` says, and tells where they lie."""
-        placed: list[list[Any]] = []
-        writes: list[tuple[int, Any]] = []
-        at = end
-        landings: list[tuple[mmap.mmap, int, Any]] = []
-        for name, value in zip(names, values):  # noqa: B905 - strict= is Python 3.10's, and costs on the hot path
-            if not isinstance(value, np.ndarray) or name in loaded.optional_outputs:
-                if isinstance(value, np.generic):
-                    value = np.asarray(value)
-                else:
-                    datatype, data = arrays.value_to_wire(value)
-                    # Packed already, so that the supervisor need not take millions of numbers apart.
-                    placed.append([name, datatype, None, None, None, msgpack.packb(data)])
-                    continue
-            datatype = loaded.datatypes[name]
-            raw: Any = value
-            if DTYPES.get(datatype) != value.dtype or not value.flags.c_contiguous:
-                datatype, _, raw = arrays.to_raw(value)
-            nbytes = raw.nbytes if isinstance(raw, (np.ndarray, memoryview)) else len(raw)
-            if into is not None and name in into:
-                region, offset, bytes_max = into[name]
-                if nbytes > bytes_max:
-                    raise InvalidArgument(
-                        f"output '{name}' has {nbytes} bytes, the place for it {bytes_max}; "
-                        "name a larger piece of the region",
-                        reason="OUTPUT_DOES_NOT_FIT",
-                    )
-                # The supervisor knows the place; the client's memory is none to be told an offset of.
-                placed.append([name, datatype, value.shape, 0, nbytes])
-                if nbytes:
-                    landings.append((self._region(region), offset, raw))
-                continue
-            at = aligned(at)
-            placed.append([name, datatype, value.shape, at, nbytes])
-            if nbytes:
-                writes.append((at, raw))
-            at += nbytes
-        if writes:
-            buffer = self._slots.buffer(slot, at)
-            for offset, raw in writes:
-                if isinstance(raw, np.ndarray):
-                    buffer[offset : offset + raw.nbytes] = raw.data
-                else:
-                    buffer[offset : offset + len(raw)] = raw
-        for buffer, offset, raw in landings:
-            nbytes = raw.nbytes if isinstance(raw, (np.ndarray, memoryview)) else len(raw)
-            buffer[offset : offset + nbytes] = raw.data if isinstance(raw, np.ndarray) else raw
-        return placed
-
-    def _large_reply(self, reply: list[Any], raw: bytes, inputs: list[Any]) -> list[Any]:
-        """A reply that is too large for a packet, put behind everything else in the slot."""
-        _, run_id, slot = reply[:3]
-        if len(raw) > LARGE_REPLY_BYTES_MAX:
-            return [
-                "failed",
-                run_id,
-                slot,
-                "RESOURCE_EXHAUSTED",
-                "OUTPUT_TOO_LARGE",
-                f"sequence and map outputs take {len(raw)} bytes, {LARGE_REPLY_BYTES_MAX} may be returned; "
-                "ask for fewer outputs",
-            ]
-        ends = [t[3] + t[4] for t in (*inputs, *reply[3]) if t[3] is not None]
-        at = aligned(max(ends, default=0))
-        try:
-            self._slots.buffer(slot, at + len(raw))[at : at + len(raw)] = raw
-        except EdgedError as e:
-            return ["failed", run_id, slot, e.code.value, e.reason, e.message]
-        return ["done_large", run_id, slot, at, len(raw)]
-
-    def _failed(self, run_id: int, instance: int, slot: int, error: Exception) -> list[Any]:
-        if isinstance(error, RunFailed):
-            reply = ["failed", run_id, slot, error.code, error.reason, error.message]
-            if error.fatal:
-                self._data.send(msgpack.packb(reply))
-                os._exit(EXIT_FATAL)
-            return reply
-        if isinstance(error, EdgedError):
-            return ["failed", run_id, slot, error.code.value, error.reason, error.message]
-        if isinstance(error, KeyError) and instance not in self._models:
-            return ["failed", run_id, slot, "UNAVAILABLE", "MODEL_UNLOADED", "the model is not loaded here"]
-        if isinstance(error, MemoryError):
-            message = "the run needs more memory than the worker may have"
-            return ["failed", run_id, slot, "RESOURCE_EXHAUSTED", "MEMORY_LIMIT", message]
-        traceback.print_exception(type(error), error, error.__traceback__, file=sys.stderr)
-        return ["failed", run_id, slot, "INTERNAL", "WORKER_ERROR", clean_text(error)]
+        self._runner.serve()
 
     # The control thread.
 
@@ -354,11 +99,11 @@ class Worker:
     def _command(self, packet: list[Any], fds: list[int]) -> None:
         kind = packet[0]
         if kind == "slot":
-            self._slots.add(packet[1], fds.pop())
+            self._runner.add_slot(packet[1], fds.pop())
         elif kind == "region":
-            self._add_region(packet[1], fds.pop())
+            self._runner.add_region(packet[1], fds.pop())
         elif kind == "region_gone":
-            self._regions.pop(packet[1], None)  # unmapped with the last array that is still on it
+            self._runner.drop_region(packet[1])
         elif kind == "load":
             self._loads[packet[1]] = cancel = LoadCancel()
             self._start(self._load, packet[1], packet[2], cancel)
@@ -368,37 +113,20 @@ class Worker:
             if packet[1] in self._loads:
                 self._loads[packet[1]].cancel()
         elif kind == "cancel":
-            self._cancel(packet[1])
+            self._runner.cancel(packet[1])
         elif kind == "unload":
             threading.Thread(target=self._unload, args=(packet[1],), name="unloader", daemon=True).start()
         elif kind == "shrink":
-            for loaded in list(self._models.values()):
-                loaded.model.shrink()
+            self._runner.shrink()
             _trim_heap()
         elif kind == "exit":
             os._exit(0)
         for fd in fds:
             os.close(fd)
 
-    def _cancel(self, run_id: int) -> None:
-        while len(self._cancelled) >= CANCELLED_MAX:
-            self._cancelled.pop(next(iter(self._cancelled)))
-        self._cancelled[run_id] = None
-        for _ in range(CANCEL_TRIES):
-            model = self._running_model
-            if self._running != run_id:
-                return
-            if model is not None:
-                model.cancel()
-            time.sleep(CANCEL_PAUSE_S)
-
     def _unload(self, instance: int) -> None:
-        loaded = self._models.pop(instance, None)
+        loaded = self._runner.take_out(instance)
         if loaded is not None:
-            # Whatever began before it was taken away may use it; what begins now does not find it.
-            going_on = self._running
-            while going_on is not None and self._running == going_on:
-                time.sleep(CANCEL_PAUSE_S)
             loaded.model.close()
             del loaded
             gc.collect()
@@ -465,7 +193,7 @@ class Worker:
         except OSError as e:
             if e.errno != errno.EMSGSIZE:
                 raise
-            self._models.pop(instance).model.close()
+            self._runner.models.pop(instance).model.close()
             message = "its names, shapes and metadata take more room than a packet has (about 200 KB)"
             self._say(["load_failed", instance, "UNIMPLEMENTED", "MODEL_UNSUPPORTED", message])
 
@@ -490,7 +218,8 @@ class Worker:
             model.close()
             raise
         cancel.check()
-        self._models[instance] = _Loaded(
+        self._runner.widen(model.instances)
+        self._runner.models[instance] = Loaded(
             model,
             [s.name for s in model.outputs],
             {s.name: s.datatype for s in model.outputs},
@@ -509,6 +238,8 @@ class Worker:
                 "runtime_version": runtime.version,
                 "precision": model.precision,
                 "threads": model.threads,
+                "instances": model.instances,
+                "batch": {"max": 1, "times_us": [], "why": "not tried"},
                 "load_ms": load_ms,
                 "warmup_ms": warmup_ms,
                 "warmup_note": note,
@@ -559,6 +290,7 @@ def load_request(settings: Mapping[str, Any]) -> LoadRequest:
         device=settings.get("device", "CPU"),
         precision=settings.get("precision") or "f32",
         threads=settings.get("threads") or 1,
+        instances=settings.get("instances") or 1,
         cache_dir=settings.get("cache_dir"),
     )
 
@@ -566,12 +298,6 @@ def load_request(settings: Mapping[str, Any]) -> LoadRequest:
 def rss_bytes() -> int:
     """The resident memory of this process."""
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-
-def _spin(poller: select.poll, until_s: float) -> None:
-    """Returns when a packet is there, or at `until_s` (CLOCK_MONOTONIC)."""
-    while not poller.poll(0) and time.monotonic() < until_s:
-        os.sched_yield()
 
 
 def _trim_heap() -> None:

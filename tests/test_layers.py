@@ -35,7 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "lifecycle",
         "entries choosing status",
         "core",
-        "sites helper transport store watcher system journald process",
+        "sites helper transport store watcher system journald process assembly",
         "journal",
         "lanes children",
         "daemon",

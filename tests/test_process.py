@@ -308,7 +308,16 @@ def test_exits_in_words(status: int, text: str) -> None:
     assert describe_exit(status) == text
 
 
-_INFO = {"inputs": [], "outputs": [], "runtime": "fake", "device": "CPU", "precision": "f32"}
+_BATCH = {"max": 1, "times_us": [], "why": ""}
+_INFO = {
+    "inputs": [],
+    "outputs": [],
+    "runtime": "fake",
+    "device": "CPU",
+    "precision": "f32",
+    "instances": 1,
+    "batch": _BATCH,
+}
 
 
 @pytest.mark.parametrize(
@@ -331,6 +340,10 @@ _INFO = {"inputs": [], "outputs": [], "runtime": "fake", "device": "CPU", "preci
         ("control", ["loaded", 1, None]),
         ("control", ["loaded", 1, {**_INFO, "inputs": [{"name": 1, "datatype": "FP32", "shape": [1]}]}]),
         ("control", ["loaded", 1, {**_INFO, "rss_bytes": "many"}]),
+        ("control", ["loaded", 1, {**_INFO, "instances": 2}]),
+        ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "max": 0}}]),
+        ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "times_us": [[1, float("nan")]]}}]),
+        ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "times_us": [[1, 5]] * 65}}]),
         ("control", ["load_failed", 1]),
         ("control", ["load_failed", 1, 2, 3, 4]),
         ("control", ["measured"]),
@@ -340,7 +353,7 @@ _INFO = {"inputs": [], "outputs": [], "runtime": "fake", "device": "CPU", "preci
 )
 def test_what_no_worker_says_ends_it(socket: str, said: list[object] | bytes) -> None:
     """A worker that was taken over may say anything: it is gone then, and nothing else happens."""
-    worker, data, control = process._pair("fake", WorkerLimits(None, 1 << 20), 1)
+    worker, data, control = process._pair("fake", WorkerLimits(None, 1 << 20), 2)
     with data, control:
         worker.send_run(["run", 1])
         worker.send_control(["load", 1, {}])
@@ -355,7 +368,7 @@ def test_what_no_worker_says_ends_it(socket: str, said: list[object] | bytes) ->
 
 def test_a_worker_speaks_of_its_own_only() -> None:
     """Loads of other workers, a second answer and another process's pid are not passed on."""
-    worker, data, control = process._pair("fake", WorkerLimits(None, 1 << 20), 1)
+    worker, data, control = process._pair("fake", WorkerLimits(None, 1 << 20), 2)
     with data, control:
         worker.send_run(["run", 1])
         worker.send_control(["load", 4, {}])

@@ -359,7 +359,7 @@ class Leased:
 
     def run(self, row: list[Any], into: dict[str, list[int]], run_id: int = 1) -> list[Any]:
         """Runs instance 1; the answer."""
-        packet = ["run", run_id, 1, 0, [row], None, into]
+        packet = ["run", run_id, 1, 0, 0, [row], None, into]
         assert self._worker.process.send_run(packet)
         return self._worker.answer()
 
@@ -389,7 +389,7 @@ def test_a_run_waits_for_its_region(worker: Handle, tmp_path: Path) -> None:
     assert worker.load(identity(tmp_path))[0] == "loaded"
     region = Leased(worker)
     row = region.row("x", np.ones(3, np.float32))
-    assert worker.process.send_run(["run", 1, 1, 0, [row], None, {}])
+    assert worker.process.send_run(["run", 1, 1, 0, 0, [row], None, {}])
     region.give()
     assert worker.answer()[0] == "done"
 
@@ -424,3 +424,48 @@ def test_a_large_reply_is_not_misled_by_offsets_in_a_region(worker: Handle, tmp_
     rows = {each[0]: each for each in answer[3]}
     assert rows["label"][1:] == ["INT64", [5000], 0, 40_000]
     assert len(msgpack.unpackb(rows["probabilities"][5])) == 5000
+
+
+def test_an_expired_run_is_not_run(fake: Handle, tmp_path: Path) -> None:
+    """A packet that the worker comes to when nobody waits for it any more is answered at once."""
+    assert fake.load(fake_model(tmp_path, run="crash"), warmup=0)[0] == "loaded"
+    fake.send({"x": X}, deadline_ns=time.monotonic_ns() - 1)
+    assert fake.answer()[3:5] == ["DEADLINE_EXCEEDED", "DEADLINE_PASSED"]
+
+
+def test_a_deadline_to_come_does_not_hinder(fake: Handle, tmp_path: Path) -> None:
+    """Before its deadline a run is run."""
+    assert fake.load(fake_model(tmp_path))[0] == "loaded"
+    deadline_ns = time.monotonic_ns() + 3600 * 10**9
+    np.testing.assert_array_equal(fake.infer({"x": X}, deadline_ns=deadline_ns)["x"], X)
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_a_batch_of_leased_and_framed_rows(spawner: Spawner, tmp_path: Path, runtime: str) -> None:
+    """What lies in regions is copied between the rows that are in the slot already."""
+    with Handle(spawner, runtime) as worker:
+        assert worker.load(identity(tmp_path, shape=(-1, 100)))[0] == "loaded"
+        x = np.arange(300, dtype=np.float32).reshape(3, 100)
+        first, second = Leased(worker, 1), Leased(worker, 2)
+        first.row("x", x[0], 64)
+        second.row("x", x[2], 3)
+        worker.process.arena.slot_view(0, 1200)[400:800] = x[1].tobytes()
+        row = ["x", "FP32", [3, 100], 0, 1200, None, [[1, 64, 0, 400], [2, 3, 800, 400]]]
+        assert worker.process.send_run(["run", 1, 1, 0, 0, [row], None, {}])
+        first.give()
+        second.give()
+        answer = worker.answer()
+        assert answer[0] == "done", answer
+        _, datatype, shape, offset, nbytes = answer[3][0]
+        assert (datatype, shape, nbytes) == ("FP32", [3, 100], 1200)
+        got = np.frombuffer(worker.process.arena.read(0, offset, nbytes), np.float32).reshape(shape)
+        np.testing.assert_array_equal(got, x)
+
+
+def test_a_bad_boolean_of_a_batch_is_found_after_its_copy(worker: Handle, tmp_path: Path) -> None:
+    """The client's memory is looked at only where the client cannot change it any more."""
+    assert worker.load(identity(tmp_path, TensorProto.BOOL))[0] == "loaded"
+    region = Leased(worker).give()
+    region.memory[:2] = b"\x01\x02"
+    row = ["x", "BOOL", [3], 0, 3, None, [[1, 0, 1, 2]]]
+    assert region.run(row, {})[3:5] == ["INVALID_ARGUMENT", "BAD_DATA"]

@@ -80,7 +80,13 @@ class Handle:
         return self._said.pop(0)
 
     def send(
-        self, inputs: Mapping[str, Any], *, instance: int = 1, slot: int = 0, outputs: Any = None
+        self,
+        inputs: Mapping[str, Any],
+        *,
+        instance: int = 1,
+        slot: int = 0,
+        outputs: Any = None,
+        deadline_ns: int = 0,
     ) -> int:
         """Sends a run; its id."""
         self._runs += 1
@@ -92,7 +98,7 @@ class Handle:
             view[at : at + len(raw)] = raw
             placed.append([name, datatype, shape, at, len(raw)])
             at += len(raw)
-        assert self.process.send_run(["run", self._runs, instance, slot, placed, outputs])
+        assert self.process.send_run(["run", self._runs, instance, slot, deadline_ns, placed, outputs])
         return self._runs
 
     def answer(self) -> list[Any]:

@@ -89,6 +89,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_questions(commands)
     _add_infer(commands)
     _add_bench(commands)
+    _add_bad_day(commands)
     sub = _command(commands, "completion", "print the completion script for a shell", common=False)
     sub.add_argument("shell", choices=completion.SHELLS, help="the shell")
     return parser
@@ -190,6 +191,16 @@ def _add_questions(commands: argparse._SubParsersAction[Any]) -> None:
     sub.add_argument("model", metavar="MODEL", help="the model's name")
 
 
+def _add_bad_day(commands: argparse._SubParsersAction[Any]) -> None:
+    sub = _command(commands, "doctor", "look for what is wrong with daemon and machine, and say what to type")
+    sub.add_argument("--all", action="store_true", help="show what is in order too")
+    _add_unit(sub)
+
+
+def _add_unit(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--unit", metavar="UNIT", default="edged", help="the system's service (default edged)")
+
+
 def _add_model_and_inputs(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="the model's name")
     sub.add_argument(
@@ -250,7 +261,7 @@ def _count(text: str) -> int:
 
 def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
     """The commands' code, imported when one of them runs: `--help` and completion need no numpy."""
-    from edged.cli import bench, commands, updates
+    from edged.cli import bench, commands, doctor, updates
 
     return {
         "put": updates.put,
@@ -264,6 +275,7 @@ def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
         "unload": commands.unload,
         "infer": commands.infer,
         "bench": bench.bench,
+        "doctor": doctor.doctor,
     }
 
 

@@ -90,6 +90,7 @@ class LoadRequest:
     device: str = "CPU"
     precision: str = "f32"
     threads: int = 1
+    instances: int = 1
     cache_dir: str | None = None
 
 
@@ -120,7 +121,7 @@ class LoadCancel:
 
 
 class Model(Protocol):
-    """A model on a device. One thread runs it; `cancel` and `shrink` come from another."""
+    """A model on a device. As many threads run it as it has instances; `cancel`, `shrink` are another's."""
 
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
@@ -128,10 +129,16 @@ class Model(Protocol):
     device: str
     precision: str
     threads: int
+    instances: int
+    """How many runs it executes at once, each with `threads`."""
     fallback_reason: str | None
 
-    def run(self, feeds: Mapping[str, Any], output_names: Sequence[str]) -> list[Any]:
-        """Runs once. Arrays as in `DTYPES`, BYTES as object arrays of bytes; the inputs are only borrowed.
+    def run(
+        self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
+    ) -> list[Any]:
+        """Runs once, known to `cancel` as `run`. Arrays as in `DTYPES`, BYTES as object arrays of bytes.
+
+        With `borrowed` the memory under the inputs is not the worker's: nothing of it is kept afterwards.
 
         Returns one value per name: an array in native byte order (BF16 as uint16, strings as an object
         array of str or bytes), a list, a dict, or None. The values stay true after the next run.
@@ -139,12 +146,8 @@ class Model(Protocol):
         """
         ...
 
-    def forget_inputs(self) -> None:
-        """Lets go of the last run's inputs: the memory under them is not the worker's."""
-        ...
-
-    def cancel(self) -> None:
-        """Ends the run that is going on, if there is one: it raises RunFailed with CANCELLED."""
+    def cancel(self, run: int = 0) -> None:
+        """Ends this run, if it is going on: it raises RunFailed with CANCELLED."""
         ...
 
     def shrink(self) -> None:

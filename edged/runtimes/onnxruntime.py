@@ -84,14 +84,18 @@ _ERRORS_OF_THE_MODEL = (
 class _OnnxModel:
     """A session on one device; see `base.Model`."""
 
-    def __init__(self, session: Any, path: str, *, device: str, precision: str, threads: int) -> None:
+    def __init__(
+        self, session: Any, path: str, *, device: str, precision: str, threads: int, instances: int
+    ) -> None:
         self._session = session
         self._run = session.run
-        self._options = ort.RunOptions()
+        self._running: dict[int, Any] = {}
+        """The options of the runs that are going on: by them a run is cancelled."""
         self._shrink_asked = False
         self.device = device
         self.precision = precision
         self.threads = threads
+        self.instances = instances
         self.fallback_reason: str | None = None
         free = _free_ranks(session, path)
         self.inputs = _input_specs(session, free)
@@ -101,8 +105,10 @@ class _OnnxModel:
         self._bytes_inputs = frozenset(s.name for s in self.inputs if s.datatype == "BYTES")
         self._plain = not self._bf16_inputs and all(s.datatype != "BF16" for s in self.outputs)
 
-    def run(self, feeds: Mapping[str, Any], output_names: Sequence[str]) -> list[Any]:
-        options = self._options = ort.RunOptions()
+    def run(
+        self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
+    ) -> list[Any]:
+        options = self._running[run] = ort.RunOptions()
         if self._shrink_asked:
             self._ask_for_shrinkage(options)
         if self._bytes_inputs:
@@ -113,12 +119,13 @@ class _OnnxModel:
             return self._run_ort_values(feeds, output_names, options)
         except Exception as e:
             raise self._run_failed(e, options) from e
+        finally:
+            del self._running[run]
 
-    def forget_inputs(self) -> None:
-        return  # it keeps none
-
-    def cancel(self) -> None:
-        self._options.terminate = True
+    def cancel(self, run: int = 0) -> None:
+        options = self._running.get(run)
+        if options is not None:
+            options.terminate = True
 
     def shrink(self) -> None:
         self._shrink_asked = True
@@ -196,7 +203,12 @@ class OnnxRuntime:
         if request.device != "CPU":
             _check_on_cuda(session, request.device)
         return _OnnxModel(
-            session, request.path, device=request.device, precision=precision, threads=request.threads
+            session,
+            request.path,
+            device=request.device,
+            precision=precision,
+            threads=request.threads,
+            instances=request.instances,
         )
 
     def full_name(self, device: str) -> str:

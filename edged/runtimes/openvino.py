@@ -3,9 +3,10 @@
 What is decided here and why: devices are named outright, never AUTO, which starts on the CPU and moves;
 `INFERENCE_PRECISION_HINT=f32` unless `precision = "fast"`, since the default on a CPU that has bf16 is
 bf16 with other answers; `ENABLE_CPU_PINNING=NO`, since two workers that pin share one core; tensors are set
-on one infer request of the native API (17 µs for a small MLP, 34 by its dictionary), whose outputs are
-copied, because the request writes the next run's into the same memory. Only an asynchronous run can be
-cancelled (between nodes), a synchronous one is 12 µs faster: so the latter is for runs known to be short.
+on an infer request of the native API (17 µs for a small MLP, 34 by its dictionary), whose outputs are
+copied, because the request writes the next run's into the same memory; each instance has a request and a
+stream. Only an asynchronous run can be cancelled (between nodes), a synchronous one is 12 µs faster: so the
+latter is for runs known to be short.
 
 Strings are refused: a graph that only passes them through corrupts the heap in OpenVINO 2026.4. A load
 cannot be interrupted from within; whoever must end one ends the worker. Runs on Python 3.10 too.
@@ -17,6 +18,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from queue import SimpleQueue
 from typing import Any
 
 import numpy as np
@@ -71,16 +73,23 @@ METADATA_CHARS_MAX = 4096
 
 
 class _OpenVinoModel:
-    """A compiled model with one infer request; see `base.Model`."""
+    """A compiled model with an infer request for each instance; see `base.Model`."""
 
-    def __init__(self, model: Any, compiled: Any, *, device: str, precision: str, threads: int) -> None:
+    def __init__(
+        self, model: Any, compiled: Any, *, device: str, precision: str, threads: int, instances: int
+    ) -> None:
         self._compiled = compiled
-        self._request = compiled.create_infer_request()
-        self._cancelled = False
+        self._idle: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(instances):
+            self._idle.put(compiled.create_infer_request())
+        self._running: dict[int, Any] = {}
+        """The requests of the runs that are going on: by them a run is cancelled."""
+        self._cancelled: dict[int, None] = {}
         self._quick_bytes = -1  # inputs of up to this size were run in less than QUICK_RUN_NS
         self.device = device
         self.precision = precision
         self.threads = threads
+        self.instances = instances
         self.fallback_reason: str | None = None
         self.inputs = tuple(_spec(port, _input_name(port), "input") for port in model.inputs)
         names_in = {s.name for s in self.inputs}
@@ -90,14 +99,29 @@ class _OpenVinoModel:
         self._output_at = {s.name: (at, DTYPES[s.datatype]) for at, s in enumerate(self.outputs)}
         self._wide_inputs = tuple(s.name for s in self.inputs if s.datatype in _WIDE)
 
-    def run(self, feeds: Mapping[str, Any], output_names: Sequence[str]) -> list[Any]:
-        request = self._request
-        self._cancelled = False
+    def run(
+        self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
+    ) -> list[Any]:
         missing = [s.name for s in self.inputs if s.name not in feeds]
         if missing:
             raise RunFailed(Code.INVALID_ARGUMENT, "MISSING_INPUT", f"inputs {missing} are missing")
         for name in self._wide_inputs:
-            _refuse_wide(name, feeds[name])
+            if name in feeds:
+                _refuse_wide(name, feeds[name])
+        request = self._running[run] = self._idle.get()
+        try:
+            return self._run(request, feeds, output_names, run)
+        finally:
+            del self._running[run]
+            if self._cancelled:
+                self._cancelled.pop(run, None)
+            if borrowed:
+                self._forget_inputs(request)
+            self._idle.put(request)
+
+    def _run(
+        self, request: Any, feeds: Mapping[str, Any], output_names: Sequence[str], run: int
+    ) -> list[Any]:
         try:
             for name, array in feeds.items():
                 at, datatype = self._input_at[name]
@@ -107,21 +131,26 @@ class _OpenVinoModel:
         except Exception as e:
             raise RunFailed(Code.INVALID_ARGUMENT, "REFUSED_BY_RUNTIME", clean_text(e)) from e
         try:
-            self._infer(sum([array.nbytes for array in feeds.values()]))
-            return [self._output(name) for name in output_names]
+            self._infer(request, sum([array.nbytes for array in feeds.values()]))
+            return [self._output(request, name) for name in output_names]
         except Exception as e:
-            raise self._run_failed(e) from e
+            raise self._run_failed(e, run) from e
 
-    def forget_inputs(self) -> None:
+    def _forget_inputs(self, request: Any) -> None:
         # The request keeps the last tensors, and with them the memory under them.
         for at in range(len(self.inputs)):
             with contextlib.suppress(RuntimeError):  # an input of free shape that never was set has no tensor
-                last = self._request.get_input_tensor(at)
-                self._request.set_input_tensor(at, ov.Tensor(last.element_type, last.shape))
+                last = request.get_input_tensor(at)
+                request.set_input_tensor(at, ov.Tensor(last.element_type, last.shape))
 
-    def cancel(self) -> None:
-        self._cancelled = True
-        self._request.cancel()
+    def cancel(self, run: int = 0) -> None:
+        request = self._running.get(run)
+        if request is not None:
+            self._cancelled[run] = None
+            request.cancel()
+            if run not in self._running:
+                # It ended meanwhile; what was meant for it must not stay for another run of this number.
+                self._cancelled.pop(run, None)
 
     def shrink(self) -> None:
         release = getattr(self._compiled, "release_memory", None)  # since 2024.6
@@ -133,26 +162,26 @@ class _OpenVinoModel:
                 return
 
     def close(self) -> None:
-        del self._request, self._compiled
+        del self._idle, self._compiled
 
-    def _infer(self, input_bytes: int) -> None:
+    def _infer(self, request: Any, input_bytes: int) -> None:
         began_ns = time.perf_counter_ns()
         if input_bytes <= self._quick_bytes:
-            self._request.infer()
+            request.infer()
         else:
-            self._request.start_async()
-            self._request.wait()
+            request.start_async()
+            request.wait()
         quick = time.perf_counter_ns() - began_ns < QUICK_RUN_NS
         self._quick_bytes = max(self._quick_bytes, input_bytes) if quick else -1
 
-    def _output(self, name: str) -> Any:
+    def _output(self, request: Any, name: str) -> Any:
         at, dtype = self._output_at[name]
-        data = self._request.get_output_tensor(at).data
+        data = request.get_output_tensor(at).data
         # bfloat16 comes as its bits in numpy's float16; a copy, since the next run writes to the same place.
         return np.array(data if data.dtype == dtype else data.view(dtype))
 
-    def _run_failed(self, error: Exception) -> RunFailed:
-        if self._cancelled:
+    def _run_failed(self, error: Exception, run: int) -> RunFailed:
+        if run in self._cancelled:
             return RunFailed(Code.CANCELLED, "CANCELLED", "the request was cancelled while it ran")
         text = clean_text(error)
         if isinstance(error, MemoryError) or "bad_alloc" in text or "could not allocate" in text:
@@ -198,6 +227,7 @@ class OpenVino:
             device=request.device,
             precision=_precision(compiled, request),
             threads=request.threads,
+            instances=request.instances,
         )
 
     def full_name(self, device: str) -> str:
@@ -252,8 +282,8 @@ def _properties(request: LoadRequest) -> dict[str, Any]:
         properties["EXECUTION_MODE_HINT"] = "ACCURACY"
     if kind == "CPU":
         properties |= {
-            "NUM_STREAMS": "1",
-            "INFERENCE_NUM_THREADS": request.threads,
+            "NUM_STREAMS": str(request.instances),
+            "INFERENCE_NUM_THREADS": request.threads * request.instances,
             "ENABLE_CPU_PINNING": "NO",
         }
     elif request.cache_dir:

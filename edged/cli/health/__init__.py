@@ -1,0 +1,1 @@
+"""What `edgectl doctor` knows and thinks: `facts` are what was seen, `gather` sees it, `checks` judges it."""
