@@ -191,6 +191,7 @@ class ModelSettings:
     precision: str = "f32"
     runtime: str | None = None
     threads: int | None = None
+    instances: int | str = 1
     tolerance: Tolerance = Tolerance()
     isolation: str = "model"
     swap: str = "beside"
@@ -329,6 +330,10 @@ def _check_nested(data: object, where: str, depth: int) -> int:
 
 VERSION_MAX = (1 << 31) - 1
 """The largest version number: what a signed 32-bit integer of other servers' tools still takes."""
+
+INSTANCES_MAX = 64
+"""Of one model: each has a thread and a slot of shared memory, and no device has more cores to give."""
+
 
 _DEVICE = units.kind_of_text(
     'a device such as "cpu", "cuda", "cuda:1", "openvino:GPU", "openvino:GPU.1", "openvino:NPU"',
@@ -571,7 +576,19 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         "`f32`: as the model says; `fast`: what the device is fastest in. Each reply names what was used.",
     ),
     _Key("runtime", "runtime", units.choice(*RUNTIMES), "Pins the runtime.", "measured"),
-    _Key("threads", "threads", units.whole(1, 1024), "Pins the worker's threads.", "measured"),
+    _Key(
+        "threads",
+        "threads",
+        units.whole(1, 1024),
+        "Pins the threads of each instance.",
+        "the CPUs divided by the instances",
+    ),
+    _Key(
+        "instances",
+        "instances",
+        units.whole_or("auto", 1, INSTANCES_MAX),
+        "How many runs of the model are executed at once; `auto`: what gives the most on this machine.",
+    ),
     _Key("tolerance", "tolerance", _TOLERANCE, "How far answers may be from golden samples."),
     _Key(
         "isolation",

@@ -230,6 +230,7 @@ policy = "require"
 precision = "fast"
 runtime = "openvino"
 threads = 2
+instances = 3
 tolerance = { rtol = 0.01, atol = 1 }
 isolation = "shared"
 swap = "replace"
@@ -255,6 +256,7 @@ label = ["one"]
         precision="fast",
         runtime="openvino",
         threads=2,
+        instances=3,
         tolerance=Tolerance(rtol=0.01, atol=1),
         isolation="shared",
         swap="replace",
@@ -290,6 +292,8 @@ def test_empty_settings_are_the_defaults() -> None:
         ("tolerance = { rtol = -1 }\n", "each part must be a number"),
         ("tolerance = 3\n", "`tolerance` must be"),
         ("threads = 0\n", "from 1 to 1024"),
+        ("instances = 65\n", '"auto" or a whole number from 1 to 64'),
+        ('instances = "many"\n', '"auto" or a whole number from 1 to 64'),
         ("golden = 1\n", "`golden` must be"),
         ("[[golden]]\ninputs = {x=[1]}\n", "number 1 is"),
         ("[[golden]]\ninputs = {}\noutputs = {y=[1]}\n", "must have a table of tensors as `inputs`"),
