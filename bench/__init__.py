@@ -1,4 +1,4 @@
 """The figures that the project shows, each measured by a module of its own; `make bench` runs them all.
 
-A module has `measure(progress) -> Section` and can be run alone: `python -m bench.overhead`.
+A module has `measure(progress, effort) -> Section` and can be run alone: `python -m bench.overhead`.
 """

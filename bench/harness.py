@@ -17,19 +17,27 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
+import onnx
 import psutil
 
 from edged import Client
+from tests import zoo
 
-__all__ = ["ROOT", "Daemon", "memory_bytes", "open_descriptors"]
+__all__ = ["PINNED", "ROOT", "CpuUse", "Daemon", "memory_bytes", "open_descriptors"]
 
 ROOT = Path(__file__).resolve().parent.parent
 """The repository."""
+
+PINNED = 'runtime = "onnxruntime"\ndevice = "cpu"\n'
+"""Settings of a model for which nothing is measured beside what we measure."""
+
+_CHOICE_TIMEOUT_S = 240.0
+_CHOICE_POLL_S = 1.0
 
 _STOP_WAIT_S = 20.0
 
@@ -94,9 +102,10 @@ class Daemon:
         return self._process.pid
 
     def start(self) -> None:
-        """Starts the daemon and waits until it says READY; raises RuntimeError if it ends before that."""
-        self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
-        self._notify.bind(str(self.root / "notify"))
+        """Starts the daemon, once or again, and waits until it says READY; RuntimeError if it ends before."""
+        if self._notify is None:
+            self._notify = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC)
+            self._notify.bind(str(self.root / "notify"))
         environ = {
             **os.environ,
             "NOTIFY_SOCKET": str(self.root / "notify"),
@@ -134,6 +143,31 @@ class Daemon:
         finally:
             os.close(pidfd)
 
+    def put(self, name: str, model: onnx.ModelProto | bytes, settings: str = PINNED) -> str:
+        """Puts a model into the folder, its settings first; returns the model's file."""
+        (self.models / f"{name}.toml").write_text(settings)
+        return str(zoo.write(self.models / f"{name}.onnx", model))
+
+    def wait_chosen(self, progress: Callable[[str], None]) -> list[dict[str, Any]]:
+        """Waits until the daemon has measured its choice for every model, bounded; the status of them all."""
+        deadline = time.monotonic() + _CHOICE_TIMEOUT_S
+        said = ""
+        while True:
+            models: list[dict[str, Any]] = self.status()["models"]
+            waiting = ", ".join(
+                m["name"] for m in models if not m["measured"] and m["choice"] not in ("pinned", "remembered")
+            )
+            if not waiting or time.monotonic() > deadline:
+                return models
+            if waiting != said:
+                said = waiting
+                progress(f"the daemon still measures {waiting}")
+            time.sleep(_CHOICE_POLL_S)
+
+    def cpu(self) -> CpuUse:
+        """Begins to count what CPU time the daemon's processes take; see CpuUse."""
+        return CpuUse(self.processes(), self.pid)
+
     def client(self, timeout_s: float = 60.0) -> Client:
         """A client of this daemon; the caller closes it."""
         return Client(self.endpoint, timeout=timeout_s)
@@ -169,6 +203,30 @@ class Daemon:
             self._notify.close()
             self._notify = None
         shutil.rmtree(self.root, ignore_errors=True)
+
+
+class CpuUse:
+    """CPU time of the daemon's processes from here on; `supervisor` and `others`, in CPUs."""
+
+    def __init__(self, processes: list[psutil.Process], supervisor: int) -> None:
+        self._supervisor = supervisor
+        self._processes = processes
+        self._before = {process.pid: _cpu_s(process) for process in processes}
+        self._began = time.monotonic()
+
+    def read(self) -> tuple[float, float]:
+        """How many CPUs the supervisor, and all other processes together, have kept busy since."""
+        seconds = time.monotonic() - self._began
+        used = {p.pid: _cpu_s(p) - self._before[p.pid] for p in self._processes if p.is_running()}
+        own = used.pop(self._supervisor, 0.0)
+        return own / seconds, sum(used.values()) / seconds
+
+
+def _cpu_s(process: psutil.Process) -> float:
+    with contextlib.suppress(psutil.NoSuchProcess):
+        times = process.cpu_times()
+        return float(times.user + times.system)
+    return 0.0
 
 
 def open_descriptors(processes: list[psutil.Process]) -> int:

@@ -1,156 +1,243 @@
-"""Real networks through the daemon, against ONNX Runtime with its defaults called in process.
+"""Real networks through edged, against the runtimes called in process.
 
-Both are asked in turn with pauses between: ONNX Runtime's threads spin on for a while after a run, and
-would slow whoever comes next. The weights are random, since the graphs come without; the work is the same.
+Two yardsticks. ONNX Runtime with its defaults, which is what an app has that calls it without a thought; and
+the best that this machine has in process, with edged's own settings, which shows what serving alone costs.
+The weights are random, since the graphs come without; the work is the same.
 """
 
 from __future__ import annotations
 
-import os
-import time
-from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # only effective before the import
 import numpy as np
-import onnxruntime as ort
 
+from bench.crowd import Crowd
 from bench.harness import Daemon
-from bench.report import Claim, Progress, Section, percentile, run_alone, table
+from bench.load import Effort, interleaved, median, percentile, turns
+from bench.report import Claim, Progress, Section, at_least, at_most, run_alone, table
+from bench.targets import Target, opened
 from edged import Client
-from edged.clientwire import InferResult
 from tests import zoo
 
 COMMAND = "python -m bench.models"
-ROUNDS = 30
-RUNS = 6
-PAUSE_S = 0.1
+CLIENTS = 4
 INPUTS = 16
-FACTOR_MAX = 1.05
-HELD_TO_IT = ("resnet50", "squeezenet")
-CHOICE_TIMEOUT_S = 180.0
+SHAPE = (1, 3, 224, 224)
+F32_GOAL = 1.03
+FAST_GOALS = {"resnet50": 0.6, "squeezenet": 0.6, "shufflenet": 0.95}
+BEST_GOAL, BEST_FROM_MS = 1.05, 5.0
+CROWD_GOALS = {"shufflenet": 1.8, "resnet50": 1.6}
+INSTANCES = ("2", '"auto"')
+"""Settings of a model that several clients ask at once."""
+
+Row = dict[str, Any]
 
 
-def measure(progress: Progress) -> Section:
-    """Each network in FP32 as `auto` chose, and with `precision = "fast"`."""
-    daemon = Daemon(ready_timeout_s=120)
-    try:
+def measure(progress: Progress, effort: Effort) -> Section:
+    """Each network in FP32 as `auto` chose and with `precision = "fast"`; then four clients, four apps."""
+    with ExitStack() as stack:
+        daemon = Daemon(ready_timeout_s=180)
+        stack.callback(daemon.close)
         for name in zoo.REAL_MODELS:
             data = zoo.real(name).read_bytes()
-            zoo.write(daemon.models / f"{name}.onnx", data)
-            zoo.write(daemon.models / f"{name}-fast.onnx", data)
-            (daemon.models / f"{name}-fast.toml").write_text('precision = "fast"\n')
+            daemon.put(name, data, "")
+            daemon.put(f"{name}-fast", data, 'precision = "fast"\n')
         daemon.start()
+        chosen = daemon.wait_chosen(progress)
+        of_model = {row["name"]: row for row in chosen if row["serving"]}
         with daemon.client(timeout_s=120) as client:
-            chosen = _wait_chosen(client, progress)
-            parts = [_one(client, name, progress) for name in zoo.REAL_MODELS]
-    finally:
-        daemon.close()
-    claims = tuple(
-        Claim(
-            f"{name}, FP32, p50 at most {FACTOR_MAX} × ONNX Runtime in process",
-            f"{part['factor']:.2f} ×",
-            part["factor"] <= FACTOR_MAX,
-        )
-        for name, part in zip(zoo.REAL_MODELS, parts, strict=True)
-        if name in HELD_TO_IT
-    )
-    times = table(
-        ("network", "served", "on", "p50 ms", "p99 ms", "of it compute", "× in process"),
-        [row for p in parts for row in p["rows"]],
-    )
-    moved = table(
-        ("network", "served", "relative L2, median", "largest difference of a probability", "same top class"),
-        [row for p in parts for row in p["moved"]],
-    )
+            parts = [
+                _one(stack, client, daemon, of_model, name, progress, effort) for name in zoo.REAL_MODELS
+            ]
+    crowds = [_crowd(name, progress, effort) for name in CROWD_GOALS]
+    claims = [claim for part in (*parts, *crowds) for claim in part["claims"]]
+    alone = ("network", "by", "on", "p50 ms", "p99 ms", "compute", "× defaults")
+    far = ("network", "served", "relative L2, median", "largest difference of a probability", "same class")
+    together = ("network", "by", "on", "requests/s", "p50 ms", "p99 ms", "× four apps")
     text = f"""
-Batch of one, 1×3×224×224 FP32, one request at a time; {ROUNDS} rounds in which each variant has {RUNS}
-runs and then a pause of {PAUSE_S * 1000:.0f} ms. "In process" is ONNX Runtime in the client's own process,
-every option at its default. "Of it compute" is the median time in the runtime, as the replies say; the rest
-is the way there and back. Seeded random weights on the graphs that the `onnx` package ships.
+Batch of one, 1×3×224×224 FP32, one request at a time; {effort.slots} slots of {effort.slot_s:g} s each in
+turns, a pause between them. "Defaults" is ONNX Runtime in the client's own process with nothing set, "as
+edged has it" the runtime that edged chose (and any other one) in the client's own process, loaded and run by
+the worker's code. "Compute" is the median time in the runtime as the replies say. Seeded random weights on
+the graphs that the `onnx` package ships.
 
-{times}
+{table(alone, [row for part in parts for row in part["rows"]])}
 
 How far the answers are from ONNX Runtime's, over {INPUTS} inputs:
 
-{moved}
+{table(far, [row for part in parts for row in part["moved"]])}
 
-What the daemon chose and why: {chosen}
+{CLIENTS} client processes that ask edged without a pause, against {CLIENTS} apps that each run ONNX Runtime
+with its defaults in their own process:
+
+{table(together, [row for crowd in crowds for row in crowd["rows"]])}
+
+What edged chose, and what it measured for that: {"; ".join(_choice(row) for row in of_model.values())}.
 """
     return Section("Real networks", COMMAND, text, claims)
 
 
-def _wait_chosen(client: Client, progress: Progress) -> str:
-    """Waits until the daemon has measured its choice for every model, and tells what it chose."""
-    deadline = time.monotonic() + CHOICE_TIMEOUT_S
-    while True:
-        models = client.server_status()["models"]
-        waiting = [
-            m["name"] for m in models if not m["measured"] and m["choice"] not in ("pinned", "remembered")
-        ]
-        if not waiting or time.monotonic() > deadline:
-            break
-        progress(f"models: the daemon still measures {', '.join(waiting)}")
-        time.sleep(3)
-    return "; ".join(
-        f"{m['name']}: {m['runtime']} on {m['device']} in {m['precision']} ({m['choice']})"
-        + "".join(f", {c['runtime']} on {c['device']} {_measured(c)}" for c in m["measured"])
-        for m in models
-    )
+def _choice(row: Row) -> str:
+    chosen = f"{row['name']}: {row['runtime']} on {row['device']} in {row['precision']} ({row['choice']})"
+    for other in row["measured"]:
+        time_us = round(other["p50_us"]) if other.get("p50_us") else "?"
+        why = other.get("why") or "agrees"
+        chosen += f", {other['runtime']} on {other['device']} {time_us} µs ({why})"
+    return chosen
 
 
-def _measured(candidate: dict[str, Any]) -> str:
-    time_us = candidate.get("p50_us")
-    return f"{'?' if time_us is None else round(time_us)} µs ({candidate.get('why') or 'agrees'})"
-
-
-def _one(client: Client, name: str, progress: Progress) -> dict[str, Any]:
+def _one(
+    stack: ExitStack,
+    client: Client,
+    daemon: Daemon,
+    of_model: dict[str, Row],
+    name: str,
+    progress: Progress,
+    effort: Effort,
+) -> dict[str, Any]:
     progress(f"models: {name}")
-    session = ort.InferenceSession(str(zoo.real(name)))
-    feed, output = session.get_inputs()[0].name, session.get_outputs()[0].name
-    images = [_image(seed) for seed in range(INPUTS)]
-    variants: dict[str, Callable[[np.ndarray], Any]] = {
-        "in process": lambda x: session.run(None, {feed: x}),
-        'edged, `precision = "f32"`': lambda x: client.infer(name, {feed: x}),
-        'edged, `precision = "fast"`': lambda x: client.infer(f"{name}-fast", {feed: x}),
+    metadata = client.model_metadata(name)
+    feed, output = metadata["inputs"][0]["name"], metadata["outputs"][0]["name"]
+    served = Target("client", daemon.endpoint, name, input_name=feed, shape=SHAPE)
+    image = _image(0)
+    first = {variant: client.infer(variant, {feed: image}) for variant in (name, f"{name}-fast")}
+    path = str(zoo.real(name))
+    threads = int(of_model[name].get("threads") or 1)
+    targets = {
+        "defaults": replace(served, way="defaults", model=path),
+        "edged": served,
+        'edged, `precision = "fast"`': replace(served, model=f"{name}-fast"),
     }
-    times, computes = _interleave(variants, images)
-    base = percentile(times["in process"], 0.5)
-    rows, moved, factor = [], [], 0.0
-    truth = [session.run(None, {feed: x})[0].ravel() for x in images]
-    for variant, ask in variants.items():
-        p50, p99 = (percentile(times[variant], share) for share in (0.5, 0.99))
-        where = "CPU, onnxruntime"
-        if variant != "in process":
-            results = [ask(x) for x in images]
-            where = f"{results[0].device}, {results[0].runtime}, {results[0].precision}"
-            moved.append((name, variant, *_distance(truth, [r[output].ravel() for r in results])))
-        if "f32" in variant:
-            factor = p50 / base
-        inside = f"{percentile(computes[variant], 0.5):.2f}" if computes[variant] else "all"
-        rows.append(
-            (name, variant, where, f"{p50 * 1e3:.2f}", f"{p99 * 1e3:.2f}", inside, f"{p50 / base:.2f}")
+    for runtime in ("onnxruntime", "openvino"):
+        targets[f"{runtime} as edged has it"] = replace(
+            served, way="settings", model=path, runtime=runtime, threads=threads
         )
-    return {"rows": rows, "moved": moved, "factor": factor}
+    times = interleaved(
+        {variant: stack.enter_context(opened(target)) for variant, target in targets.items()}, effort
+    )
+    base_s = median(times["defaults"])
+    best = min((v for v in targets if v.endswith("as edged has it")), key=lambda v: median(times[v]))
+    rows, compute_ms = [], {"edged": name, 'edged, `precision = "fast"`': f"{name}-fast"}
+    for variant, samples in times.items():
+        where, inside = "CPU", "all"
+        if variant in compute_ms:
+            result = first[compute_ms[variant]]
+            where = f"{result.device}, {result.runtime}, {result.precision}"
+            inside = f"{_compute_ms(client, compute_ms[variant], feed, image):.2f}"
+        factor = f"{median(samples) / base_s:.2f}"
+        rows.append((name, variant, where, _ms(samples, 0.5), _ms(samples, 0.99), inside, factor))
+    truth = _truth(path, feed, [_image(seed) for seed in range(INPUTS)])
+    moved = [
+        (name, variant, *_distance(truth, _answers(client, served_name, feed, output)))
+        for variant, served_name in compute_ms.items()
+    ]
+    edged_s, best_s = median(times["edged"]), median(times[best])
+    fast = median(times['edged, `precision = "fast"`']) / base_s
+    claims = [
+        at_most(
+            f"{name}, FP32, p50 over ONNX Runtime in process with its defaults", edged_s / base_s, F32_GOAL
+        ),
+        at_most(
+            f'{name}, `precision = "fast"`, the same',
+            fast,
+            FAST_GOALS[name],
+            note=f"computed in {first[f'{name}-fast'].precision}",
+        ),
+    ]
+    text = f"{name}, FP32, p50 over the best in process with the same settings ({best.split()[0]})"
+    if best_s * 1e3 >= BEST_FROM_MS:
+        claims.append(at_most(text, edged_s / best_s, BEST_GOAL))
+    else:
+        claims.append(
+            Claim(
+                text,
+                f"at most {BEST_GOAL} × from {BEST_FROM_MS:g} ms on",
+                f"{edged_s / best_s:.2f} × ({best_s * 1e3:.2f} ms)",
+                None,
+            )
+        )
+    return {"rows": rows, "moved": moved, "claims": claims}
 
 
-def _interleave(
-    variants: dict[str, Callable[[np.ndarray], Any]], images: list[np.ndarray]
-) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Round trips in seconds, and what the runtime took of them, as the daemon's replies say, in ms."""
-    times: dict[str, list[float]] = {variant: [] for variant in variants}
-    computes: dict[str, list[float]] = {variant: [] for variant in variants}
-    for round_number in range(ROUNDS + 1):
-        for variant, ask in variants.items():
-            for run in range(RUNS):
-                began = time.perf_counter()
-                result = ask(images[run % len(images)])
-                if round_number and run:  # the first round and each slot's first run warm up
-                    times[variant].append(time.perf_counter() - began)
-                    if isinstance(result, InferResult):
-                        computes[variant].append(result.compute_us / 1000)
-            time.sleep(PAUSE_S)
-    return times, computes
+def _crowd(name: str, progress: Progress, effort: Effort) -> dict[str, Any]:
+    """Four clients of edged, with the settings there are, against four apps with a session each.
+
+    A daemon of its own: each instance that only waits would still hold its memory and its threads.
+    """
+    with ExitStack() as stack:
+        daemon = Daemon(ready_timeout_s=180)
+        stack.callback(daemon.close)
+        data = zoo.real(name).read_bytes()
+        variants = {"edged": (name, "")}
+        for instances in INSTANCES if _knows_instances() else ():
+            variants[f"edged, `instances = {instances}`"] = (
+                f"{name}-{instances.strip(chr(34))}",
+                f"instances = {instances}\n",
+            )
+        for served, settings in variants.values():
+            daemon.put(served, data, settings)
+        daemon.start()
+        rows_of = {row["name"]: row for row in daemon.wait_chosen(progress)}
+        with daemon.client() as client:
+            feed = client.model_metadata(name)["inputs"][0]["name"]
+        app = Target("defaults", model=str(zoo.real(name)), input_name=feed, shape=SHAPE)
+        targets = {f"{CLIENTS} apps with ONNX Runtime": app}
+        for variant, (served, _) in variants.items():
+            targets[variant] = replace(app, way="client", endpoint=daemon.endpoint, model=served)
+        progress(f"models: {CLIENTS} clients, {name}")
+        crowds = {
+            variant: stack.enter_context(Crowd([target] * CLIENTS)) for variant, target in targets.items()
+        }
+        slot_s = max(effort.slot_s, 0.5)
+        slots = turns({v: partial(crowd.closed, slot_s) for v, crowd in crowds.items()}, effort)
+    rate = {variant: median([slot.requests_hz for slot in each]) for variant, each in slots.items()}
+    base = f"{CLIENTS} apps with ONNX Runtime"
+    rows = []
+    for variant, each in slots.items():
+        samples = [t for slot in each for t in slot.latencies_s]
+        row = rows_of.get(variants[variant][0], {}) if variant in variants else {}
+        where = f"{row['runtime']}, {row['precision']}" if row else "CPU"
+        factor = f"{rate[variant] / rate[base]:.2f}"
+        rows.append(
+            (name, variant, where, f"{rate[variant]:.1f}", _ms(samples, 0.5), _ms(samples, 0.99), factor)
+        )
+    best = max(variants, key=lambda variant: rate[variant])
+    claim = at_least(
+        f"{name}, FP32, {CLIENTS} clients' requests/s over {CLIENTS} apps with ONNX Runtime",
+        rate[best] / rate[base],
+        CROWD_GOALS[name],
+        note=best,
+    )
+    return {"rows": rows, "claims": [claim]}
+
+
+def _knows_instances() -> bool:
+    """Whether this version has the setting."""
+    from edged.config import ModelSettings
+
+    return "instances" in ModelSettings.__dataclass_fields__
+
+
+def _ms(samples: list[float], share: float) -> str:
+    return f"{percentile(samples, share) * 1e3:.2f}"
+
+
+def _compute_ms(client: Client, model: str, feed: str, image: np.ndarray) -> float:
+    return median([client.infer(model, {feed: image}).compute_us / 1e3 for _ in range(10)])
+
+
+def _truth(path: str, feed: str, images: list[np.ndarray]) -> list[np.ndarray]:
+    import onnxruntime as ort
+
+    session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return [session.run(None, {feed: image})[0].ravel() for image in images]
+
+
+def _answers(client: Client, model: str, feed: str, output: str) -> list[np.ndarray]:
+    return [client.infer(model, {feed: _image(seed)})[output].ravel() for seed in range(INPUTS)]
 
 
 def _image(seed: int) -> np.ndarray:
@@ -165,7 +252,7 @@ def _distance(truth: list[np.ndarray], answers: list[np.ndarray]) -> tuple[str, 
     relative = [float(np.linalg.norm(a - t) / np.linalg.norm(t)) for a, t in zip(answers, truth, strict=True)]
     largest = max(float(np.abs(a - t).max()) for a, t in zip(answers, truth, strict=True))
     same = sum(int(a.argmax() == t.argmax()) for a, t in zip(answers, truth, strict=True))
-    return f"{percentile(relative, 0.5):.1e}", f"{largest:.1e}", f"{same} of {len(truth)}"
+    return f"{median(relative):.1e}", f"{largest:.1e}", f"{same} of {len(truth)}"
 
 
 if __name__ == "__main__":

@@ -1,185 +1,309 @@
-"""What serving costs: the daemon's round trip against a bare ZeroMQ echo of the same size.
+"""What serving costs: edged's round trip against a bare ZeroMQ echo of the same size, and against no server.
 
-Both are asked in turn, in short slots, by one client in one process, so that whatever else the machine
-does meets both alike. The baseline is `bench.echo`: the same socket kinds, the same bytes, no work.
+All are asked in turn, in short slots, by one client in one process. The echo is `bench.echo`: the same kinds
+of socket, the same bytes, no work. Several clients are processes of their own.
 """
 
 from __future__ import annotations
 
+import inspect
+import os
 import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import msgpack
-import numpy as np
-import zmq
 
+from bench.crowd import Crowd, Slot
 from bench.harness import ROOT, Daemon
-from bench.report import Claim, Progress, Section, percentile, run_alone, table
+from bench.load import Effort, interleaved, median, percentile, turns
+from bench.report import (
+    Claim,
+    Progress,
+    Section,
+    at_most,
+    micros,
+    not_measured,
+    run_alone,
+    table,
+)
+from bench.targets import Target, dealer, frames_of, input_of, opened
+from edged import Client
 from tests import zoo
 
 COMMAND = "python -m bench.overhead"
-SLOTS = 30
-TINY_RUNS, LARGE_RUNS = 150, 40
-TINY_FACTOR_MAX, LARGE_FACTOR_MAX = 2.5, 2.0
-PINNED = 'runtime = "onnxruntime"\ndevice = "cpu"\n'
+CLIENTS = 4
+RATES_HZ = (50.0, 1000.0)
+IMAGE = (1, 3, 224, 224)
+VIDEO_SIDE = 720
+ANSWER_BYTES = 256
+"""What an echo with a small answer sends in place of a large tensor: about as much as edged's reply has."""
 
-Ask = Callable[[], object]
+TINY_GOAL, FRAME_GOAL, LEASE_GOAL_MS, VIDEO_GOAL = 1.5, 1.6, 0.35, 1.2
+BUSY = 0.85
+"""From so much of a CPU on, a process is what binds; the rest is its waiting for the one before it."""
+
+Times = dict[str, list[float]]
 
 
-def measure(progress: Progress) -> Section:
-    """Round trips of a tiny model and of one with a large input."""
+def has_fast_lane() -> bool:
+    """Whether this version's client has a fast lane."""
+    return "fast" in inspect.signature(Client).parameters
+
+
+def measure(progress: Progress, effort: Effort) -> Section:
+    """Round trips of a tiny model, and of some with a large input; one client and several."""
     with ExitStack() as stack:
         daemon = Daemon()
         stack.callback(daemon.close)
-        for name, model in (("tiny", zoo.mlp(seed=1)), ("large", zoo.image_mean())):
-            zoo.write(daemon.models / f"{name}.onnx", model)
-            (daemon.models / f"{name}.toml").write_text(PINNED)  # nothing measures beside us
+        daemon.put("tiny", zoo.mlp(seed=1))
+        large_file = daemon.put("large", zoo.image_mean())
+        daemon.put("video", zoo.image_mean(VIDEO_SIDE))
         daemon.start()
-        client = stack.enter_context(daemon.client())
-        rng = np.random.default_rng(0)
-        tiny = rng.normal(0, 1, (1, 64)).astype(np.float32)
-        large = rng.normal(0, 1, (1, 3, 224, 224)).astype(np.float32)
-        tiny_frames, large_frames = _frames("tiny", tiny, inline=True), _frames("large", large, inline=False)
-        served = stack.enter_context(_dealer(daemon.endpoint))
-        echo = stack.enter_context(_echo(daemon.root / "run" / "echo.sock"))
-        one_way = stack.enter_context(_echo(daemon.root / "run" / "oneway.sock", answer_bytes=256))
-
-        progress("overhead: tiny model")
-        tiny_times = _interleave(
-            {
-                "bare echo": lambda: _ask(echo, tiny_frames),
-                "edged, frames made beforehand": lambda: _ask(served, tiny_frames),
-                "edged, `Client.infer`": lambda: client.infer("tiny", {"x": tiny}),
-            },
-            TINY_RUNS,
-        )
-        progress("overhead: 602 KB input")
-        large_times = _interleave(
-            {
-                "bare echo": lambda: _ask(echo, large_frames),
-                "bare echo, small answer": lambda: _ask(one_way, large_frames),
-                "edged, frames made beforehand": lambda: _ask(served, large_frames),
-                "edged, `Client.infer`": lambda: client.infer("large", {"x": large}),
-            },
-            LARGE_RUNS,
-        )
-    return _section(tiny_times, large_times)
+        tiny = Target("client", daemon.endpoint, "tiny")
+        parts = [
+            _tiny(stack, daemon, tiny, progress, effort),
+            _large(stack, daemon, large_file, progress, effort),
+            _video(stack, tiny, progress, effort),
+            _crowds(stack, daemon, tiny, progress, effort),
+        ]
+    text = "\n\n".join(text for text, _ in parts)
+    return Section("Serving overhead", COMMAND, text, [claim for _, claims in parts for claim in claims])
 
 
-def _section(tiny: dict[str, list[float]], large: dict[str, list[float]]) -> Section:
-    tiny_factor = _median(tiny["edged, `Client.infer`"]) / _median(tiny["bare echo"])
-    large_factor = _median(large["edged, `Client.infer`"]) / _median(large["bare echo"])
-    one_way_factor = _median(large["edged, `Client.infer`"]) / _median(large["bare echo, small answer"])
+def _tiny(
+    stack: ExitStack, daemon: Daemon, tiny: Target, progress: Progress, effort: Effort
+) -> tuple[str, list[Claim]]:
+    echo = stack.enter_context(echo_server(daemon.root / "run" / "echo.sock"))
+    targets = {
+        "bare echo": Target("frames", echo, "tiny"),
+        "edged, message made beforehand": replace(tiny, way="frames"),
+        "edged, `Client`": tiny,
+    }
+    if has_fast_lane():
+        targets["edged, `Client(fast=True)`"] = replace(tiny, way="fast")
+    asks = {name: stack.enter_context(opened(target)) for name, target in targets.items()}
+    progress("overhead: tiny model, closed loop")
+    times = {"closed loop": interleaved(asks, effort)}
+    for rate_hz in RATES_HZ:
+        progress(f"overhead: tiny model, {rate_hz:g} Hz")
+        times[f"{rate_hz:g} Hz"] = interleaved(asks, effort, rate_hz)
+    closed_loop = times["closed loop"]
     text = f"""
-One client, one request at a time, over ipc. The variants take turns, {SLOTS} slots each of {TINY_RUNS}
-(tiny) or {LARGE_RUNS} (large) requests. The bare echo is a pyzmq ROUTER in a poll loop that sends back
-what came.
+One client, one request at a time, over ipc; each variant has {effort.slots} slots of {effort.slot_s:g} s in
+turns. A network of 64-32-10 units, about 0.4 KB each way. The bare echo is a pyzmq ROUTER in a poll loop that
+sends back what came. Paced, the client sleeps until its next tick, and everyone else has gone to sleep too.
 
-A network of 64-32-10 units, about 0.4 KB each way:
-
-{_rows(tiny)}
-
-One input of 602 KB (1×3×224×224 FP32), an answer of 12 bytes; made beforehand it goes as a frame, while
-`Client.infer` leases memory for it by itself. The echo sends all 602 KB back; "small
-answer" is an echo that does not, which is the stricter of the two ({one_way_factor:.2f} × of it):
-
-{_rows(large)}
+{_loops(times)}
 """
-    return Section(
-        "Serving overhead",
-        COMMAND,
-        text,
-        (
-            Claim(
-                f"tiny model, p50 at most {TINY_FACTOR_MAX} × the echo",
-                f"{tiny_factor:.2f} ×",
-                tiny_factor <= TINY_FACTOR_MAX,
-            ),
-            Claim(
-                f"602 KB input, p50 at most {LARGE_FACTOR_MAX:g} × the echo",
-                f"{large_factor:.2f} ×",
-                large_factor <= LARGE_FACTOR_MAX,
-            ),
-        ),
+    factor = median(closed_loop["edged, `Client`"]) / median(closed_loop["bare echo"])
+    bare = median(closed_loop["edged, message made beforehand"]) / median(closed_loop["bare echo"])
+    claim = at_most(
+        "tiny model, one client over ZeroMQ, round trip over the bare echo's",
+        factor,
+        TINY_GOAL,
+        note=f"{bare:.2f} × with the message made beforehand, as the echo's is",
     )
+    return text, [claim]
 
 
-def _rows(times: dict[str, list[float]]) -> str:
-    base = _median(times["bare echo"])
+def _large(
+    stack: ExitStack, daemon: Daemon, file: str, progress: Progress, effort: Effort
+) -> tuple[str, list[Claim]]:
+    progress("overhead: 602 KB input")
+    echo = stack.enter_context(echo_server(daemon.root / "run" / "large.sock"))
+    one_way = stack.enter_context(echo_server(daemon.root / "run" / "oneway.sock", ANSWER_BYTES))
+    large = Target("frames", daemon.endpoint, "large", shape=IMAGE)
+    targets = {
+        "bare echo": replace(large, endpoint=echo),
+        "bare echo, small answer": replace(large, endpoint=one_way),
+        "edged, in a frame": large,
+        "edged, `Client` (leases memory by itself)": replace(large, way="client"),
+        "edged, `Client`, input in the app's lease": replace(large, way="lease"),
+        "no server: ONNX Runtime in process": replace(large, way="settings", model=file),
+    }
+    asks = {name: stack.enter_context(opened(target)) for name, target in targets.items()}
+    times = interleaved(asks, effort)
+    model_s = compute_s(large)
+    frame_s = median(times["edged, in a frame"]) - model_s
+    in_process_s = median(times["no server: ONNX Runtime in process"])
+    lease_ms = (median(times["edged, `Client`, input in the app's lease"]) - in_process_s) * 1e3
+    own_ms = (median(times["edged, `Client` (leases memory by itself)"]) - in_process_s) * 1e3
+    text = f"""
+One input of 602 KB (1×3×224×224 FP32), an answer of 12 bytes. The model takes the mean of each plane, which
+is {micros(model_s)} µs of each of edged's round trips, as its replies say. The echo sends all 602 KB back;
+the one with a small answer does not.
+
+{_rows(times, "bare echo")}
+"""
+    strict = frame_s / median(times["bare echo, small answer"])
+    return text, [
+        at_most(
+            "602 KB in a frame, model time off, over its echo",
+            frame_s / median(times["bare echo"]),
+            FRAME_GOAL,
+            note=f"{strict:.2f} × of an echo with a small answer",
+        ),
+        at_most(
+            "602 KB by lease, what the round trip takes beyond the runtime in process",
+            lease_ms,
+            LEASE_GOAL_MS,
+            "ms",
+            note=f"{own_ms:.2f} ms when the client copies into a lease of its own",
+        ),
+    ]
+
+
+def _video(stack: ExitStack, tiny: Target, progress: Progress, effort: Effort) -> tuple[str, list[Claim]]:
+    progress("overhead: 6.2 MB input")
+    shape = (1, 3, VIDEO_SIDE, VIDEO_SIDE)
+    video = replace(tiny, way="lease", model="video", shape=shape)
+    targets = {
+        "tiny model, inline": tiny,
+        "6.2 MB, input in the app's lease": video,
+        "6.2 MB, `Client` (leases memory by itself)": replace(video, way="client"),
+    }
+    asks = {name: stack.enter_context(opened(target)) for name, target in targets.items()}
+    times = interleaved(asks, effort)
+    tiny_model_s, model_s = compute_s(replace(tiny, way="frames")), compute_s(replace(video, way="frames"))
+    off = {
+        name: median(samples) - (tiny_model_s if name.startswith("tiny") else model_s)
+        for name, samples in times.items()
+    }
+    rows = [
+        (name, micros(median(samples)), micros(percentile(samples, 0.99)), micros(off[name]))
+        for name, samples in times.items()
+    ]
+    megabytes = input_of(video).nbytes / 1e6
+    text = f"""
+One input of {megabytes:.1f} MB (1×3×{VIDEO_SIDE}×{VIDEO_SIDE} FP32), mean of each plane again,
+{micros(model_s)} µs of model time.
+
+{table(("round trip", "p50 µs", "p99 µs", "p50 µs, model time off"), rows)}
+"""
+    factor = off["6.2 MB, input in the app's lease"] / off["tiny model, inline"]
+    return text, [
+        at_most("6.2 MB by lease over the tiny model's round trip, model time off both", factor, VIDEO_GOAL)
+    ]
+
+
+def compute_s(target: Target) -> float:
+    """The median time that the runtime took, as edged's replies say."""
+    runs = 50
+    frames = frames_of(target, input_of(target))
+    with dealer(target.endpoint) as sock:
+        taken = []
+        for _ in range(runs):
+            sock.send_multipart(frames, copy=False)
+            header = msgpack.unpackb(sock.recv_multipart()[0], strict_map_key=False)
+            taken.append(header["parameters"]["compute_us"] / 1e6)
+    return median(taken)
+
+
+def _crowds(
+    stack: ExitStack, daemon: Daemon, tiny: Target, progress: Progress, effort: Effort
+) -> tuple[str, list[Claim]]:
+    ways = {"ZeroMQ": tiny} | ({"fast lane": replace(tiny, way="fast")} if has_fast_lane() else {})
+    rows, claims = [], []
+    for way, target in ways.items():
+        progress(f"overhead: 1 and {CLIENTS} clients, {way}")
+        one, many = stack.enter_context(Crowd([target])), stack.enter_context(Crowd([target] * CLIENTS))
+        crowds = {"1 client": one, f"{CLIENTS} clients": many}
+        slots = turns(
+            {name: partial(_watched, daemon, crowd, effort.slot_s) for name, crowd in crowds.items()},
+            effort,
+        )
+        rate = {name: median([done.requests_hz for done, _ in each]) for name, each in slots.items()}
+        busy = {
+            name: [median(column) for column in zip(*(b for _, b in each), strict=True)]
+            for name, each in slots.items()
+        }
+        for name, each in slots.items():
+            latencies = [t for done, _ in each for t in done.latencies_s]
+            rows.append(
+                (
+                    f"{way}, {name}",
+                    f"{rate[name]:,.0f}",
+                    micros(median(latencies)),
+                    micros(percentile(latencies, 0.99)),
+                    *(f"{share:.2f}" for share in busy[name]),
+                )
+            )
+        factor = rate[f"{CLIENTS} clients"] / rate["1 client"]
+        figure = f"{factor:.2f} × ({_limit(busy[f'{CLIENTS} clients'])})"
+        text = f"tiny model, {CLIENTS} clients' requests/s over one's, {way}"
+        claims.append(Claim(text, "as high as the cores allow", figure, None))
+    if not has_fast_lane():
+        claims.append(not_measured("tiny model over the fast lane", "see the peers", "this client has none"))
+    text = f"""
+The tiny model again, by client processes that ask without a pause; CPUs kept busy by the supervisor, by the
+worker and its like, and by the clients themselves, of {os.cpu_count()}.
+
+{table(("closed loop", "requests/s", "p50 µs", "p99 µs", "supervisor", "worker", "clients"), rows)}
+"""
+    return text, claims
+
+
+def _watched(daemon: Daemon, crowd: Crowd, seconds: float) -> tuple[Slot, tuple[float, float, float]]:
+    """A slot, and how many CPUs the supervisor, all other processes of edged's, and the clients kept busy."""
+    cpu = daemon.cpu()
+    done = crowd.closed(seconds)
+    return done, (*cpu.read(), done.cpu_s / seconds)
+
+
+def _limit(busy: Sequence[float]) -> str:
+    supervisor, worker, clients = busy
+    if supervisor + worker + clients >= BUSY * (os.cpu_count() or 1):
+        names = f"supervisor {supervisor:.2f}, worker {worker:.2f}, clients {clients:.2f}"
+        return f"every core is busy: {names}"
+    if supervisor >= BUSY:
+        return f"the supervisor's one thread binds, {supervisor:.2f} of a core"
+    if worker >= BUSY:
+        return f"the worker binds, {worker:.2f} of a core"
+    return f"wake-ups bind: {supervisor + worker + clients:.2f} of {os.cpu_count()} CPUs busy"
+
+
+def _loops(times: Mapping[str, Times]) -> str:
+    rows = []
+    for loop, variants in times.items():
+        base = median(variants["bare echo"])
+        for name, samples in variants.items():
+            factor = f"{median(samples) / base:.2f}"
+            rows.append((name, loop, micros(median(samples)), micros(percentile(samples, 0.99)), factor))
+    return table(("round trip", "load", "p50 µs", "p99 µs", "× echo"), rows)
+
+
+def _rows(times: Times, base: str) -> str:
     rows = [
         (
             name,
-            f"{_median(samples) * 1e6:.0f}",
-            f"{percentile(samples, 0.99) * 1e6:.0f}",
-            f"{_median(samples) / base:.2f}",
+            micros(median(samples)),
+            micros(percentile(samples, 0.99)),
+            f"{median(samples) / median(times[base]):.2f}",
         )
         for name, samples in times.items()
     ]
     return table(("round trip", "p50 µs", "p99 µs", "× echo"), rows)
 
 
-def _median(samples: list[float]) -> float:
-    return percentile(samples, 0.5)
-
-
-def _interleave(variants: dict[str, Ask], runs: int) -> dict[str, list[float]]:
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for slot in range(SLOTS + 1):
-        for name, ask in variants.items():
-            samples = []
-            for _ in range(runs):
-                began = time.perf_counter()
-                ask()
-                samples.append(time.perf_counter() - began)
-            if slot:  # the first slot warms everything up
-                times[name] += samples
-    return times
-
-
-def _frames(model: str, array: np.ndarray, *, inline: bool) -> list[bytes]:
-    tensor: dict[str, object] = {"name": "x", "datatype": "FP32", "shape": list(array.shape)}
-    tensor.update({"data": array.tobytes()} if inline else {"frame": 0})
-    header = {"v": 1, "method": "model_infer", "id": 1, "model_name": model, "inputs": [tensor]}
-    frames = [msgpack.packb(header)]
-    return frames if inline else [*frames, array.tobytes()]
-
-
-def _ask(dealer: zmq.Socket[bytes], frames: list[bytes]) -> list[zmq.Frame]:
-    dealer.send_multipart(frames, copy=False)
-    return dealer.recv_multipart(copy=False)
-
-
 @contextmanager
-def _dealer(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
-    socket: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
-    socket.setsockopt(zmq.LINGER, 0)
-    socket.setsockopt(zmq.RCVTIMEO, 30_000)
-    socket.connect(endpoint)
-    try:
-        yield socket
-    finally:
-        socket.close()
-
-
-@contextmanager
-def _echo(path: Path, answer_bytes: int | None = None) -> Iterator[zmq.Socket[bytes]]:
+def echo_server(path: Path, answer_bytes: int | None = None) -> Iterator[str]:
+    """The endpoint of a bare echo in a process of its own."""
     command = [sys.executable, "-m", "bench.echo", f"ipc://{path}"]
     command += [] if answer_bytes is None else [str(answer_bytes)]
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, cwd=ROOT)
     try:
         assert process.stdout is not None
-        assert process.stdout.readline() == b"ready\n"
-        with _dealer(f"ipc://{path}") as socket:
-            yield socket
+        if process.stdout.readline() != b"ready\n":
+            raise RuntimeError("the echo did not start; its words are on stderr")
+        yield f"ipc://{path}"
     finally:
         process.kill()
-        process.wait()
-        if process.stdout is not None:
-            process.stdout.close()
+        process.communicate()
 
 
 if __name__ == "__main__":

@@ -10,7 +10,21 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-__all__ = ["Claim", "Progress", "Section", "machine", "percentile", "run_alone", "table"]
+from bench.load import FULL, QUICK, Effort
+
+__all__ = [
+    "Claim",
+    "Measure",
+    "Progress",
+    "Section",
+    "at_least",
+    "at_most",
+    "machine",
+    "micros",
+    "not_measured",
+    "run_alone",
+    "table",
+]
 
 Progress = Callable[[str], None]
 """Called with one line now and then, for whoever waits."""
@@ -18,14 +32,43 @@ Progress = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Claim:
-    """Something that the project promises, the figure measured for it, and whether it held."""
+    """A figure that is aimed at, what was measured, and whether it was reached.
+
+    None where that cannot be said: it was not measured, or the goal is no number.
+    """
 
     text: str
+    goal: str
     figure: str
-    held: bool
+    held: bool | None
+
+    @property
+    def sign(self) -> str:
+        """One sign for a table."""
+        return {True: "✓", False: "✗", None: "–"}[self.held]
 
     def __str__(self) -> str:
-        return f"- {'✓' if self.held else '✗'} {self.text}: **{self.figure}**"
+        return f"- {self.sign} {self.text}, {self.goal}: **{self.figure}**"
+
+
+def at_most(text: str, value: float, bound: float, unit: str = "×", *, note: str = "") -> Claim:
+    """Something that is to be small."""
+    return Claim(text, f"at most {bound:g} {unit}", _figure(value, unit, note), value <= bound)
+
+
+def at_least(text: str, value: float, bound: float, unit: str = "×", *, note: str = "") -> Claim:
+    """Something that is to be large."""
+    return Claim(text, f"at least {bound:g} {unit}", _figure(value, unit, note), value >= bound)
+
+
+def not_measured(text: str, goal: str, why: str) -> Claim:
+    """A figure that this machine or this version cannot give, and the reason."""
+    return Claim(text, goal, f"not measured: {why}", None)
+
+
+def _figure(value: float, unit: str, note: str) -> str:
+    digits = 2 if abs(value) < 100 else 1
+    return f"{value:.{digits}f} {unit}" + (f" ({note})" if note else "")
 
 
 @dataclass(frozen=True)
@@ -43,6 +86,10 @@ class Section:
         return f"## {self.title}\n\n`{self.command}`\n\n{self.text.strip()}\n\n{claims}\n"
 
 
+Measure = Callable[[Progress, Effort], Section]
+"""What each benchmark's module has as `measure`."""
+
+
 def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     """A Markdown table; the first column to the left, the others to the right."""
     lines = ["| " + " | ".join(head) + " |", "| --- " + "| ---: " * (len(head) - 1) + "|"]
@@ -50,10 +97,9 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join(lines)
 
 
-def percentile(samples: Sequence[float], share: float) -> float:
-    """The sample below which `share` of all lie: 0.5 is the median, no interpolation."""
-    ordered = sorted(samples)
-    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+def micros(seconds: float) -> str:
+    """A time in µs, as it stands in a table."""
+    return f"{seconds * 1e6:,.0f}"
 
 
 def machine() -> str:
@@ -85,8 +131,9 @@ def _field(path: Path, name: str) -> str:
     return "0 unknown"
 
 
-def run_alone(measure: Callable[[Progress], Section]) -> None:
-    """Runs one benchmark and prints its section; exits 1 if a claim did not hold."""
-    section = measure(lambda line: print(line, file=sys.stderr, flush=True))
+def run_alone(measure: Measure) -> None:
+    """Runs one benchmark, `--quick` if told so, and prints its section; exits 1 if a goal was missed."""
+    effort = QUICK if "--quick" in sys.argv[1:] else FULL
+    section = measure(lambda line: print(line, file=sys.stderr, flush=True), effort)
     print(section.markdown())
-    sys.exit(0 if all(claim.held for claim in section.claims) else 1)
+    sys.exit(1 if any(claim.held is False for claim in section.claims) else 0)

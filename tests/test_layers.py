@@ -16,25 +16,14 @@ FILES = {
 }
 PURE = ("messages", "wire", "tensors", "errors", "scheduler", "statistics", "devices", "events", "instances")
 PURE += ("registry", "workers", "placement", "turns", "retirement", "lifecycle", "entries")
-PURE += (
-    "choosing",
-    "core",
-    "runs",
-    "admission",
-    "status",
-    "metrics",
-    "resources",
-    "regions",
-    "happenings",
-    "families",
-)
+PURE += ("choosing", "core", "runs", "admission", "status", "resources", "regions", "happenings")
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
 
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(f"edged.{name}" for name in layer.split())
     for layer in (
-        "errors version families",
+        "errors version",
         "tensors messages units",
         "wire config resources scheduler statistics regions happenings",
         "repository devices",
@@ -44,9 +33,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "turns runs admission",
         "retirement",
         "lifecycle",
-        "entries choosing status metrics",
+        "entries choosing status",
         "core",
-        "sites helper transport store watcher system journald exporter process assembly",
+        "sites helper transport store watcher system journald process assembly",
         "journal",
         "lanes children",
         "daemon",

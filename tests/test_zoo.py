@@ -102,6 +102,16 @@ def test_shapes_that_depend_on_the_input() -> None:
     assert mean.shape == (1, 3)
 
 
+def test_conv_net_answers_each_row_by_itself() -> None:
+    """The batch is a dynamic dimension, and a row's answer does not depend on its neighbours."""
+    x = np.random.default_rng(0).normal(0, 1, (3, 3, 32, 32)).astype(np.float32)
+    (together,) = run(zoo.conv_net(seed=1, side=32), x=x)
+    (alone,) = run(zoo.conv_net(seed=1, side=32), x=x[1:2])
+    assert together.shape == (3, 10)
+    assert np.allclose(together[1], alone[0], rtol=1e-4, atol=1e-4)
+    assert not np.allclose(together[0], together[1])
+
+
 def test_strings() -> None:
     """Strings go in and come out."""
     (joined,) = run(zoo.string_concat(), a=np.array(["ab", ""], object), b=np.array(["ä", "d"], object))

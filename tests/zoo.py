@@ -30,6 +30,7 @@ __all__ = [
     "ONNX_TYPES",
     "REAL_MODELS",
     "cache_dir",
+    "conv_net",
     "depth_to_space_overflow",
     "ep_context",
     "external_data",
@@ -168,6 +169,31 @@ def mlp(
     )
 
 
+def conv_net(*, seed: int = 0, side: int = 96) -> onnx.ModelProto:
+    """A small convolutional network `x` FP32 [N,3,side,side] → `y` FP32 [N,10], some 0.35 GFLOP a row."""
+    rng = np.random.default_rng(seed)
+    nodes: list[onnx.NodeProto] = []
+    constants: dict[str, NDArray[Any]] = {}
+    last = "x"
+    for layer, (inputs, outputs, stride) in enumerate(((3, 32, 2), (32, 64, 1), (64, 128, 2), (128, 128, 1))):
+        scale = math.sqrt(2 / (9 * inputs))
+        constants[f"w{layer}"] = rng.normal(0, scale, (outputs, inputs, 3, 3)).astype(np.float32)
+        nodes.append(
+            helper.make_node(
+                "Conv", [last, f"w{layer}"], [f"c{layer}"], pads=[1, 1, 1, 1], strides=[stride, stride]
+            )
+        )
+        nodes.append(helper.make_node("Relu", [f"c{layer}"], [f"r{layer}"]))
+        last = f"r{layer}"
+    constants["w"] = rng.normal(0, 0.1, (128, 10)).astype(np.float32)
+    nodes.append(helper.make_node("GlobalAveragePool", [last], ["pooled"]))
+    nodes.append(helper.make_node("Flatten", ["pooled"], ["flat"]))
+    nodes.append(helper.make_node("MatMul", ["flat", "w"], ["y"]))
+    return _model(
+        nodes, [_value("x", "FP32", ["N", 3, side, side])], [_value("y", "FP32", ["N", 10])], constants
+    )
+
+
 def identity(datatype: str = "FP32", shape: Shape = ("N",)) -> onnx.ModelProto:
     """Returns `x` as `y`: `datatype` is the protocol's name, `shape` may be [] for a scalar."""
     return _model(
@@ -201,14 +227,14 @@ def versioned(number: float, *, width: int = 256) -> onnx.ModelProto:
     )
 
 
-def image_mean() -> onnx.ModelProto:
-    """`x` FP32 [1,3,224,224], 602 KB → `y` FP32 [1,3]: next to no work, so the way there is measured."""
+def image_mean(side: int = 224) -> onnx.ModelProto:
+    """`x` FP32 [1,3,side,side], 602 KB → `y` FP32 [1,3]: next to no work, so the way there is measured."""
     return _model(
         [
             helper.make_node("GlobalAveragePool", ["x"], ["pooled"]),
             helper.make_node("Flatten", ["pooled"], ["y"]),
         ],
-        [_value("x", "FP32", [1, 3, 224, 224])],
+        [_value("x", "FP32", [1, 3, side, side])],
         [_value("y", "FP32", [1, 3])],
     )
 

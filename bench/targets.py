@@ -1,0 +1,218 @@
+"""What can be asked: edged by each of its ways, a bare echo, a runtime in process, a server over HTTP.
+
+A `Target` is a value that travels to a client process as JSON; `opened` makes it something to ask. The input
+is seeded random numbers, made once, so that a request costs what asking costs and not what making a tensor
+costs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # only effective before a runtime's import
+import msgpack
+import numpy as np
+import zmq
+
+from bench.load import Ask
+from edged import Client
+from edged.runtimes.base import LoadCancel, LoadRequest, create_runtime
+
+__all__ = ["TIMEOUT_S", "Target", "dealer", "frames_of", "input_of", "opened"]
+
+TIMEOUT_S = 60.0
+"""Of each request: a benchmark ends, whatever happens to who is asked."""
+
+INLINE_BYTES_MAX = 16 * 1024
+"""As the Python client does it: below, a tensor is in the header, above it has a frame of its own."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """One way to have one model run.
+
+    `way` says how: `client` is `edged.Client`, `fast` the same over the fast lane, `lease` the same with the
+    input in the app's own lease, `frames` a bare DEALER with a message made beforehand (an echo takes it
+    too), `defaults` ONNX Runtime in process with nothing set, `settings` a runtime in process as edged's
+    worker sets it up, `http` a POST of the raw bytes over one connection that is kept.
+    """
+
+    way: str
+    endpoint: str = ""
+    """edged's or the echo's, or for HTTP `unix:PATH` or `HOST:PORT`."""
+    model: str = ""
+    """The model's name, for HTTP the path of its URL, in process the file."""
+    input_name: str = "x"
+    shape: tuple[int, ...] = (1, 64)
+    priority: int = 0
+    runtime: str = "onnxruntime"
+    precision: str = "f32"
+    threads: int = 1
+    device: str = "CPU"
+    headers: tuple[str, ...] = ()
+    """Of HTTP, beside the usual ones."""
+    prefix_b64: str = ""
+    """Of HTTP, what stands before the tensor's bytes in the body."""
+
+    def to_json(self) -> str:
+        """For a client process's stdin."""
+        return json.dumps(asdict(self))
+
+    @classmethod
+    def from_json(cls, text: str) -> Target:
+        """What `to_json` wrote."""
+        fields = json.loads(text)
+        return cls(**{**fields, "shape": tuple(fields["shape"]), "headers": tuple(fields["headers"])})
+
+
+def input_of(target: Target) -> np.ndarray:
+    """The input of every request to it: FP32, N(0, 1), the same for the same shape."""
+    return np.random.default_rng(7).normal(0, 1, target.shape).astype(np.float32)
+
+
+@contextlib.contextmanager
+def opened(target: Target) -> Iterator[Ask]:
+    """Something that asks it once and returns the answer."""
+    array = input_of(target)
+    with contextlib.ExitStack() as stack:
+        match target.way:
+            case "client" | "fast" | "lease":
+                yield _edged(stack, target, array)
+            case "frames":
+                frames = frames_of(target, array)
+                sock = stack.enter_context(dealer(target.endpoint))
+                yield lambda: _exchange(sock, frames)
+            case "defaults":
+                yield _session(target, array)
+            case "settings":
+                yield _as_the_worker(target, array)
+            case "http":
+                yield _http(stack, target, array)
+            case _:
+                raise ValueError(f"no way {target.way!r}")
+
+
+def _edged(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
+    if target.way == "fast":
+        client = stack.enter_context(Client(target.endpoint, timeout=TIMEOUT_S, fast=True))
+    else:
+        client = stack.enter_context(Client(target.endpoint, timeout=TIMEOUT_S))
+    if target.way == "lease":
+        lease = stack.enter_context(client.lease(array.nbytes))
+        leased = lease.array(array.shape, array.dtype)
+        leased[:] = array
+        array = leased
+    inputs = {target.input_name: array}
+    return lambda: client.infer(target.model, inputs, priority=target.priority)
+
+
+def _session(target: Target, array: np.ndarray) -> Ask:
+    import onnxruntime as ort
+
+    ort.set_default_logger_severity(4)
+    if target.device == "CPU":
+        session = ort.InferenceSession(target.model, providers=["CPUExecutionProvider"])
+    else:
+        session = ort.InferenceSession(target.model, providers=["CUDAExecutionProvider"])
+        if "CUDAExecutionProvider" not in session.get_providers():
+            raise RuntimeError("ONNX Runtime went back to the CPU in silence")
+    feeds = {target.input_name: array}
+    return lambda: session.run(None, feeds)
+
+
+def _as_the_worker(target: Target, array: np.ndarray) -> Ask:
+    """The very code by which edged's worker loads and runs: so the settings are the same by themselves."""
+    request = LoadRequest(
+        target.model, device=target.device, precision=target.precision, threads=target.threads
+    )
+    model = create_runtime(target.runtime).load(request, LoadCancel())
+    feeds, names = {target.input_name: array}, [spec.name for spec in model.outputs]
+    return lambda: model.run(feeds, names)
+
+
+def frames_of(target: Target, array: np.ndarray, request_id: int = 1, **parameters: int) -> list[bytes]:
+    """A whole request as it goes over the wire: small tensors in the header, large ones in a frame."""
+    tensor: dict[str, Any] = {"name": target.input_name, "datatype": "FP32", "shape": list(array.shape)}
+    inline = array.nbytes <= INLINE_BYTES_MAX
+    tensor.update({"data": array.tobytes()} if inline else {"frame": 0})
+    header: dict[str, Any] = {
+        "method": "model_infer",
+        "id": request_id,
+        "model_name": target.model,
+        "inputs": [tensor],
+    }
+    if target.priority:
+        parameters["priority"] = target.priority
+    if parameters:
+        header["parameters"] = parameters
+    return [msgpack.packb(header)] if inline else [msgpack.packb(header), array.tobytes()]
+
+
+def _exchange(sock: zmq.Socket[bytes], frames: Sequence[bytes]) -> list[zmq.Frame]:
+    sock.send_multipart(frames, copy=False)
+    return sock.recv_multipart(copy=False)
+
+
+@contextlib.contextmanager
+def dealer(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
+    """A bare DEALER socket."""
+    sock: zmq.Socket[bytes] = zmq.Context.instance().socket(zmq.DEALER)
+    sock.setsockopt(zmq.LINGER, 0)
+    sock.setsockopt(zmq.RCVTIMEO, round(TIMEOUT_S * 1000))
+    sock.connect(endpoint)
+    try:
+        yield sock
+    finally:
+        sock.close()
+
+
+def _http(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
+    """A bare socket and a request made beforehand: what a library for HTTP would add is not the server's."""
+    import base64
+
+    body = base64.b64decode(target.prefix_b64) + array.tobytes()
+    lines = [f"POST /{target.model} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
+    lines += target.headers or ("Content-Type: application/octet-stream",)
+    request = "\r\n".join([*lines, "", ""]).encode() + body
+    if target.endpoint.startswith("unix:"):
+        sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        sock.connect(target.endpoint[len("unix:") :])
+    else:
+        host, _, port = target.endpoint.rpartition(":")
+        sock = stack.enter_context(socket.create_connection((host, int(port))))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.settimeout(TIMEOUT_S)
+
+    def ask() -> bytes:
+        sock.sendall(request)
+        return _read_response(sock)
+
+    return ask
+
+
+def _read_response(sock: socket.socket) -> bytes:
+    """The body of a response with a Content-Length; raises RuntimeError for any status but 200."""
+    data = sock.recv(65536)
+    while (end := data.find(b"\r\n\r\n")) < 0:
+        more = sock.recv(65536)
+        if not more:
+            raise RuntimeError("the server hung up")
+        data += more
+    head = data[:end].lower()
+    at = head.find(b"content-length:")
+    if head[9:12] != b"200" or at < 0:
+        raise RuntimeError(f"unexpected answer: {data[:300]!r}")
+    length = int(head[at + 15 :].split(b"\r\n", 1)[0])
+    body = data[end + 4 :]
+    while len(body) < length:
+        more = sock.recv(65536)
+        if not more:
+            raise RuntimeError("the server hung up")
+        body += more
+    return body

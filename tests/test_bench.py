@@ -1,0 +1,210 @@
+"""The benchmarks' drivers: schedules, ratios and reports are right, and each load really reaches a daemon."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import socket
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+
+from bench import overhead
+from bench.crowd import Crowd
+from bench.harness import Daemon
+from bench.load import (
+    Effort,
+    closed,
+    interleaved,
+    median,
+    paced,
+    percentile,
+    poisson_s,
+    turns,
+)
+from bench.pipeline import OpenLoop, Outcome, opened_pipeline
+from bench.report import Claim, Section, at_least, at_most, not_measured, table
+from bench.run import NAMES, document, main
+from bench.targets import Target, _read_response, opened
+from tests import zoo
+
+SHORT = Effort(slots=1, slot_s=0.02, open_s=0.1, swaps=1, pause_s=0.0)
+
+
+@pytest.fixture(scope="module")
+def tiny() -> Iterator[Target]:
+    """The tiny model of a real daemon."""
+    daemon = Daemon()
+    daemon.put("tiny", zoo.mlp(seed=1))
+    with daemon:
+        yield Target("client", daemon.endpoint, "tiny")
+
+
+def test_percentile_takes_a_sample_that_was_measured() -> None:
+    """No interpolation: a figure in a table is a time that some request really took."""
+    assert percentile([3.0, 1.0, 2.0], 0.5) == 2.0
+    assert median([4.0, 1.0, 3.0, 2.0]) == 3.0
+    assert percentile(list(map(float, range(100))), 0.99) == 99.0
+    assert percentile([5.0], 0.99) == 5.0
+
+
+def test_poisson_schedule_follows_from_its_seed() -> None:
+    """The same seed gives the same load, and another one another, of the rate that was asked for."""
+    times = poisson_s(1000, 10, seed=3)
+    assert times == poisson_s(1000, 10, seed=3)
+    assert times != poisson_s(1000, 10, seed=4)
+    assert times == sorted(times)
+    assert all(0 < at < 10 for at in times)
+    assert 9_500 < len(times) < 10_500
+    gaps = [b - a for a, b in itertools.pairwise(times)]
+    assert sum(gap > 0.001 for gap in gaps) / len(gaps) == pytest.approx(0.368, abs=0.02)  # exp(-1)
+
+
+def test_slots_take_turns_and_the_first_turn_is_left_out() -> None:
+    """Each variant has its slot in every turn, in the order given, and what warmed up is not counted."""
+    asked: list[str] = []
+
+    def slot(name: str) -> int:
+        asked.append(name)
+        return len(asked)
+
+    given = turns({"a": lambda: slot("a"), "b": lambda: slot("b")}, replace(SHORT, slots=2))
+    assert asked == ["a", "b"] * 3
+    assert given == {"a": [3, 5], "b": [4, 6]}
+
+
+def test_closed_loop_leaves_its_first_request_out() -> None:
+    """The first one finds caches cold; the ones that are timed are all the others."""
+    asked: list[float] = []
+    times = closed(lambda: asked.append(time.perf_counter()), 0.001)
+    assert len(times) == len(asked) - 1 >= 1
+
+
+def test_paced_loop_keeps_its_ticks() -> None:
+    """Never before its tick, and as often as the rate and the time say."""
+    asked: list[float] = []
+    times = paced(lambda: asked.append(time.perf_counter()), 0.05, 200)
+    assert len(asked) == 10
+    assert len(times) == 9
+    assert all(at - asked[0] >= tick / 200 - 0.005 for tick, at in enumerate(asked))
+
+
+def test_claims_say_whether_they_were_reached() -> None:
+    """A bound is held at the bound itself; what was not measured is neither reached nor missed."""
+    assert at_most("a", 1.5, 1.5).held is True
+    assert at_most("a", 1.51, 1.5).held is False
+    assert at_least("a", 2.0, 2.1).held is False
+    assert at_least("a", 2.1, 2.1, note="why").figure == "2.10 × (why)"
+    missing = not_measured("a", "at most 1 ×", "no GPU here")
+    assert missing.held is None
+    assert str(missing) == "- – a, at most 1 ×: **not measured: no GPU here**"
+
+
+def test_document_has_all_goals_first_and_every_command() -> None:
+    """A reader finds each goal with its figure in one table, and how to measure it again."""
+    claim = Claim("round trip", "at most 2 ×", "3.00 ×", False)
+    text = document("Measured by hand.", [Section("One", "python -m bench.one", "Words.", (claim,))])
+    assert text.index("| round trip | at most 2 × | 3.00 × | ✗ |") < text.index("## One")
+    assert "`python -m bench.one`" in text
+    assert table(("a", "b"), [(1, 2)]) == "| a | b |\n| --- | ---: |\n| 1 | 2 |"
+
+
+def test_unknown_benchmark_is_refused(capsys: pytest.CaptureFixture[str]) -> None:
+    """A misspelt name is an error that tells the right ones, and nothing is measured."""
+    assert main(["overheat"]) == 2
+    said = capsys.readouterr().err
+    assert all(name in said for name in NAMES)
+
+
+def test_outcomes_of_several_drivers_add_up() -> None:
+    """Counts, codes and histograms of processes that ran together become one; JSON carries them."""
+    one = Outcome(sent=3, in_time=1, late=1, seconds=2.0, behind_us=7, at_once=1)
+    one.codes["RESOURCE_EXHAUSTED QUEUE_FULL"] += 1
+    one.latency.record_value(1000)
+    one.latency.record_value(9000)
+    one.refusal.record_value(50)
+    wire = json.loads(json.dumps(one.to_wire()))
+    both = Outcome.merged([wire, wire])
+    assert (both.sent, both.in_time, both.late, both.refused, both.at_once) == (6, 2, 2, 2, 2)
+    assert (both.seconds, both.behind_us, both.goodput_hz) == (2.0, 7, 1.0)
+    assert both.latency.get_total_count() == 4
+    assert both.latency.get_value_at_percentile(99) == pytest.approx(9000, rel=0.01)
+
+
+def test_target_travels_as_json() -> None:
+    """A client process gets exactly what was meant."""
+    target = Target("http", "127.0.0.1:80", "m", shape=(2, 3), headers=("A: b",), priority=1)
+    assert Target.from_json(target.to_json()) == target
+    with pytest.raises(ValueError, match="no way 'pigeon'"), opened(replace(target, way="pigeon")):
+        pass
+
+
+@pytest.mark.parametrize("cut", [1, 17, 40, 60])
+def test_http_response_is_read_however_it_arrives(cut: int) -> None:
+    """Head and body come in any pieces; a status other than 200 is an error, not an answer."""
+    response = b"HTTP/1.1 200 OK\r\nX: y\r\nContent-Length: 10\r\n\r\n0123456789"
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(response[:cut])
+        theirs.sendall(response[cut:])
+        assert _read_response(ours) == b"0123456789"
+        theirs.sendall(response.replace(b"200 OK", b"500 NO"))
+        with pytest.raises(RuntimeError, match="unexpected answer"):
+            _read_response(ours)
+
+
+@pytest.mark.e2e
+def test_each_way_reaches_the_daemon_and_answers_alike(tiny: Target) -> None:
+    """`Client` and a message made beforehand are the same question to the same model."""
+    with opened(tiny) as ask, opened(replace(tiny, way="frames")) as ask_bare:
+        times = interleaved({"client": ask, "bare": ask_bare}, SHORT)
+    assert all(seconds > 0 for samples in times.values() for seconds in samples)
+    assert {name: bool(samples) for name, samples in times.items()} == {"client": True, "bare": True}
+    assert overhead.compute_s(replace(tiny, way="frames")) >= 0
+
+
+@pytest.mark.e2e
+def test_crowd_of_processes_asks_at_the_same_time(tiny: Target) -> None:
+    """Each loop of two processes counts answers; an open one accounts for every request."""
+    with Crowd([tiny, tiny]) as crowd:
+        slot = crowd.closed(0.05)
+        assert slot.requests_hz > 0
+        assert len(slot.latencies_s) >= 2
+        assert crowd.paced(0.05, 100).requests_hz > 0
+        assert crowd.saturate(4, 0.05).requests_hz > 0
+        outcome = crowd.open_loop(100, 0.2, deadline_s=30.0, seed=1)
+    schedule = [at for seed in (1000, 1001) for at in poisson_s(50, 0.2, seed)]
+    assert outcome.sent == len(schedule)
+    assert outcome.in_time == outcome.sent
+    assert outcome.latency.get_total_count() == outcome.sent
+
+
+@pytest.mark.e2e
+def test_open_loop_counts_what_the_daemon_refuses(tiny: Target) -> None:
+    """A deadline that is over when the request is sent is an error by its code, and no answer."""
+    with opened_pipeline(tiny) as pipeline:
+        outcome = pipeline.open_loop(OpenLoop([0.0, 0.001], deadline_s=-1.0), time.monotonic_ns())
+    assert outcome.in_time == outcome.late == outcome.unanswered == 0
+    assert outcome.refused == outcome.refusal.get_total_count() == 2
+    assert {code.split()[0] for code in outcome.codes} == {"DEADLINE_EXCEEDED"}
+
+
+@pytest.mark.e2e
+def test_client_process_that_fails_is_an_error(tiny: Target) -> None:
+    """A crowd whose app cannot ask says so instead of waiting for it."""
+    with pytest.raises(RuntimeError, match="a client process ended"), Crowd([replace(tiny, model="none")]):
+        pass
+
+
+@pytest.mark.e2e
+@pytest.mark.slow
+def test_a_whole_benchmark_runs(tiny: Target) -> None:
+    """The overhead's section has its figures and its goals after slots too short to be worth anything."""
+    said: list[str] = []
+    section = overhead.measure(said.append, SHORT)
+    assert said
+    assert section.command == "python -m bench.overhead"
+    assert "| edged, `Client` | 1000 Hz |" in section.text
+    assert len(section.claims) >= 5
