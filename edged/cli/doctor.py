@@ -53,12 +53,14 @@ def look(session: Session, *, unit: str, root: Path = Path("/")) -> Facts:
 
 
 def ask(session: Session) -> Daemon:
-    """What the daemon says, or why it says nothing."""
+    """What the daemon says, or why it says nothing. Raises InvalidArgument for an endpoint that is none."""
     timeout_s = min(session.timeout_s, _ASK_S_MAX)
     status: Mapping[str, Any] | None = None
     try:
         metadata = session.client.server_metadata(timeout=timeout_s)
     except EdgedError as e:
+        if e.reason == "BAD_ENDPOINT":
+            raise
         return Daemon(error=e.message, reason=e.reason or e.code.value)
     try:
         status = session.client.server_status(timeout=timeout_s)

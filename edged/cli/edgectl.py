@@ -39,6 +39,8 @@ _EXIT_BROKEN_PIPE = 141
 """As a shell reports SIGINT and SIGPIPE."""
 
 _TIMEOUT_S = 30.0
+_LOGS_ASK_S = 5.0
+"""Whose journal it is can be found out without the daemon too, if it gives no answer."""
 _UPDATE_TIMEOUT_S = 300.0
 """A compile for an accelerator on a small board takes minutes."""
 
@@ -195,6 +197,20 @@ def _add_bad_day(commands: argparse._SubParsersAction[Any]) -> None:
     sub = _command(commands, "doctor", "look for what is wrong with daemon and machine, and say what to type")
     sub.add_argument("--all", action="store_true", help="show what is in order too")
     _add_unit(sub)
+    sub = _command(
+        commands, "explain", "say where a model came from, why it runs where it does, what happened"
+    )
+    sub.add_argument("model", metavar="MODEL", help="the model's name")
+
+    sub = _command(
+        commands, "logs", "show the daemon's journal, or one model's part of it", timeout_s=_LOGS_ASK_S
+    )
+    sub.add_argument("model", metavar="MODEL", nargs="?", help="only what is about this model")
+    sub.add_argument("-f", "--follow", action="store_true", help="go on as lines come, until Ctrl-C")
+    sub.add_argument("-n", "--lines", metavar="N", type=_count, default=50, help="the newest N (default 50)")
+    sub.add_argument("--since", metavar="TIME", help="from then on, as journalctl takes it: today, -2h")
+    sub.add_argument("-x", "--explain", action="store_true", help="with what each event means and asks for")
+    _add_unit(sub)
 
 
 def _add_unit(sub: argparse.ArgumentParser) -> None:
@@ -261,7 +277,7 @@ def _count(text: str) -> int:
 
 def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
     """The commands' code, imported when one of them runs: `--help` and completion need no numpy."""
-    from edged.cli import bench, commands, doctor, updates
+    from edged.cli import bench, commands, doctor, explain, logs, updates
 
     return {
         "put": updates.put,
@@ -276,6 +292,8 @@ def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
         "infer": commands.infer,
         "bench": bench.bench,
         "doctor": doctor.doctor,
+        "logs": logs.logs,
+        "explain": explain.explain_command,
     }
 
 

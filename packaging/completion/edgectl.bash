@@ -8,7 +8,7 @@ _edgectl() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
         case "$word" in
-            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|doctor|completion) command="$word"; break ;;
+            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|doctor|explain|logs|completion) command="$word"; break ;;
         esac
     done
     case "$command:$prev" in
@@ -16,10 +16,10 @@ _edgectl() {
         put:--settings) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         infer:--npz) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         bench:--onnx) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
-        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--unit) COMPREPLY=(); return ;;
+        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--unit|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
     esac
     if [[ -z "$command" ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench doctor completion -h --help --version --json --endpoint" -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench doctor explain logs completion -h --help --version --json --endpoint" -- "$cur")
         return
     fi
     if [[ "$cur" == -* ]]; then
@@ -36,6 +36,8 @@ _edgectl() {
             infer) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version -o --output --npz" -- "$cur") ;;
             bench) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version --seconds --clients --rate --shape --onnx --no-bare" -- "$cur") ;;
             doctor) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --all --unit" -- "$cur") ;;
+            explain) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
+            logs) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -f --follow -n --lines --since -x --explain --unit" -- "$cur") ;;
             completion) mapfile -t COMPREPLY < <(compgen -W "-h --help" -- "$cur") ;;
         esac
         return
@@ -48,6 +50,8 @@ _edgectl() {
         unload) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         infer) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         bench) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
+        explain) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
+        logs) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         completion) mapfile -t COMPREPLY < <(compgen -W "bash zsh" -- "$cur") ;;
     esac
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from edged.cli.edgectl import main
@@ -97,3 +98,72 @@ def test_doctor_tells_of_the_sockets_that_a_killed_daemon_left(
         document = Edgectl(daemon.endpoint, capsys).json("doctor", code=1)
         texts = [each["text"] for each in document["findings"] if each["area"] == "sockets"]
         assert any("of a daemon that is gone" in text for text in texts)
+
+
+# ---- explain --------------------------------------------------------------------------------------------
+
+
+def test_explain_tells_where_a_model_came_from_and_what_it_does(daemon: Daemon, edgectl: Edgectl) -> None:
+    """The file, the digest, the choice and its rule, and what happened."""
+    code, out, _ = edgectl("explain", "numbered")
+    assert code == 0
+    row = daemon.serving("numbered")
+    assert row is not None
+    for words in (
+        "numbered version 1 serves: onnxruntime on CPU",
+        f"{daemon.models}/numbered.onnx",
+        row["sha256"],
+        "the first of [devices] order that works",
+        f"worker {row['pid']}",
+        "A model version is ready",
+    ):
+        assert words in out
+    assert edgectl.json("explain", "numbered")["serves"] is True
+
+
+def test_explain_tells_of_a_crash_and_of_the_restart(daemon: Daemon, edgectl: Edgectl) -> None:
+    """With the signal, from the daemon's own memory of it."""
+    zoo.write(daemon.models / "hit.onnx", zoo.versioned(1))
+    row = daemon.wait_ready("hit")
+    psutil.Process(row["pid"]).kill()
+    daemon.wait_row("hit", lambda r: r["serving"] and r["pid"] not in (None, row["pid"]), "is restarted")
+    daemon.wait_ready("hit")
+    document = edgectl.json("explain", "hit")
+    events = [each["event"] for each in document["history"]]
+    assert "worker_crashed" in events
+    assert events[-1] == "worker_restarted"
+    crash = next(each for each in document["history"] if each["event"] == "worker_crashed")
+    assert "SIGKILL" in crash["fields"]["REASON"]
+    assert "edgectl logs hit" in document["next"]
+
+
+def test_explain_of_a_refused_model_is_exit_1_with_what_to_type(edgectl: Edgectl) -> None:
+    """And of one that never was, with where to look."""
+    code, out, _ = edgectl("explain", "bad")
+    assert code == 1
+    assert "bad does not serve: MODEL_INVALID" in out
+    assert "edgectl put FILE --name bad --wait" in out
+    code, _, err = edgectl("explain", "nobody")
+    assert code == 1
+    assert "edgectl models" in err
+
+
+# ---- logs -----------------------------------------------------------------------------------------------
+
+
+def test_logs_of_a_daemon_that_was_started_by_hand_come_from_its_standard_error(
+    daemon: Daemon, edgectl: Edgectl
+) -> None:
+    """The file is found by the kernel's word; only the model's lines are shown."""
+    code, out, err = edgectl("logs", "numbered")
+    assert code == 0
+    assert f"pid {daemon.pid}" in err
+    assert str(daemon.log_path) in err
+    lines = [json.loads(line) for line in out.splitlines()]
+    assert {each["MODEL"] for each in lines} == {"numbered"}
+    assert "model_ready" in [each["event"] for each in lines]
+    code, out, _ = edgectl("logs", "-n", "3")
+    assert len(out.splitlines()) == 3
+    code, _, err = edgectl("logs", "--since", "today")
+    assert code == 1
+    assert "--since is the journal's" in err

@@ -35,7 +35,18 @@ from edged.config import Config, ConfigError, load_config
 from edged.repository import IGNORED_SUFFIXES, scan
 from edged.version import __version__
 
-__all__ = ["SOCKETS", "Asked", "Run", "gather", "process_of", "run_command", "unit_of"]
+__all__ = [
+    "SOCKETS",
+    "Asked",
+    "Found",
+    "Run",
+    "find",
+    "gather",
+    "is_system",
+    "process_of",
+    "run_command",
+    "unit_of",
+]
 
 Run = Callable[[Sequence[str]], tuple[int, str] | None]
 """Runs a command: its status and output, or None where there is no such command."""
@@ -63,8 +74,8 @@ _PROPERTIES = (
 _SITE_GLOBS = (
     "usr/lib/edged/lib/python3*/site-packages",
     "usr/lib/edged/runtimes/*",
-    "usr/lib/edged/runtime*/lib/python3*/site-packages",
     "opt/edged/lib/python3*/site-packages",
+    "opt/edged/runtimes/*",
 )
 
 
@@ -91,18 +102,36 @@ def run_command(argv: Sequence[str]) -> tuple[int, str] | None:
     return done.returncode, done.stdout + (done.stderr if done.returncode else "")
 
 
-def gather(asked: Asked, *, root: Root, run: Run = run_command, now_s: float | None = None) -> Facts:
-    """Everything that can be seen from here."""
-    now_s = time.time() if now_s is None else now_s
+@dataclass(frozen=True)
+class Found:
+    """Where the daemon in question is: its unit, its sockets' directory, and its process if it runs."""
+
+    unit: Unit
+    run_dir: str
+    sockets: tuple[Socket, ...]
+    pid: int | None
+    process: Process | None
+
+
+def find(asked: Asked, *, root: Root, run: Run = run_command) -> Found:
+    """Finds the daemon, or the service that would be it."""
     unit = unit_of(run, asked.unit)
-    caller = root.account_of(asked.uid, list(asked.gids))
     run_dir = _run_dir(asked, root, unit)
     sockets, peer = _sockets(root, run_dir)
     pid = _pid(asked.daemon, peer, unit)
     process = None if pid is None else process_of(root, pid)
-    system = _is_system(asked, process, unit)
     if process is not None and process.unit and process.unit != unit.name:
         unit = unit_of(run, process.unit, user=process.user_unit)
+    return Found(unit, run_dir, sockets, pid, process)
+
+
+def gather(asked: Asked, *, root: Root, run: Run = run_command, now_s: float | None = None) -> Facts:
+    """Everything that can be seen from here."""
+    now_s = time.time() if now_s is None else now_s
+    found = find(asked, root=root, run=run)
+    unit, process = found.unit, found.process
+    caller = root.account_of(asked.uid, list(asked.gids))
+    system = is_system(asked, process, unit)
     service_name = _service_name(system, process, unit, caller)
     config, config_file, config_error = _config(asked, root, system)
     status = asked.daemon.status or {}
@@ -110,9 +139,9 @@ def gather(asked: Asked, *, root: Root, run: Run = run_command, now_s: float | N
         "models": str(status.get("models_dir") or (config.server.models if config else "")),
         "state": str(status.get("state_dir") or (config.server.state_dir if config else "")),
         "cache": str(status.get("cache_dir") or (config.server.cache_dir if config else "")),
-        "sockets": run_dir,
+        "sockets": found.run_dir,
     }
-    cgroup = "" if pid is None else _cgroup(root, pid)
+    cgroup = "" if found.pid is None else _cgroup(root, found.pid)
     return Facts(
         system=system,
         caller=caller,
@@ -124,7 +153,7 @@ def gather(asked: Asked, *, root: Root, run: Run = run_command, now_s: float | N
         process=process,
         unit=unit,
         places=tuple(_place(root, role, path) for role, path in paths.items() if path),
-        sockets=sockets,
+        sockets=found.sockets,
         config_file=config_file,
         config_error=config_error,
         disk_free_min_bytes=config.resources.disk_free_min_bytes if config else 0,
@@ -158,7 +187,7 @@ def unit_of(run: Run, name: str, *, user: bool = False) -> Unit:
     return Unit(name, {key: value for key, _, value in pairs})
 
 
-def _is_system(asked: Asked, process: Process | None, unit: Unit) -> bool:
+def is_system(asked: Asked, process: Process | None, unit: Unit) -> bool:
     """Whether this is about the system's service, not somebody's own daemon."""
     if process is not None:
         return bool(process.unit) and not process.user_unit
@@ -366,10 +395,15 @@ def _site_directories(root: Root, process: Process | None, unit: Unit) -> list[s
     own = [entry for entry in sys.path if entry and os.path.isdir(entry)] if str(root.path) == "/" else []
     start = re.search(r"path=(\S+)", unit.properties.get("ExecStart", ""))
     programs = [process.python if process is not None else "", start[1] if start else ""]
-    globs = [
-        f"{Path(program).parent.parent}/lib/python3*/site-packages".lstrip("/")
-        for program in programs
+    prefixes = [
+        Path(program).parent.parent
+        for program in (*programs, sys.executable if own else "")
         if program.startswith("/") and len(Path(program).parts) > 3
+    ]
+    globs = [
+        f"{prefix}/{where}".lstrip("/")
+        for prefix in prefixes
+        for where in ("lib/python3*/site-packages", "runtimes/*")
     ]
     found = [path for pattern in (*globs, *_SITE_GLOBS) for path in root.glob(pattern)]
     return list(dict.fromkeys([*found, *own]))

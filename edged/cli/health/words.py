@@ -30,7 +30,10 @@ def restart(facts: Facts) -> str:
 
 def install(facts: Facts, runtime: str) -> str:
     """How a runtime gets to where the others are: by the package manager or by pip."""
-    packaged = any(package.directory.startswith("/usr/lib/edged") for package in facts.packages)
+    packaged = any(
+        package.directory.startswith("/usr/lib/edged") or "/runtimes/" in package.directory
+        for package in facts.packages
+    )
     packaged = packaged or facts.unit.properties.get("FragmentPath", "").startswith(("/usr/lib", "/lib"))
     if packaged:
         return f"apt-get install edged-runtime-{runtime}"
