@@ -298,6 +298,22 @@ _EVENTS: dict[str, Event] = {
         "A model was not loaded for want of memory",
         "NEEDED_BYTES and FREE_BYTES say how much is missing. It is tried again when memory is free.",
     ),
+    # Metrics.
+    "metrics_failed": Event(
+        "574e83033adf4c0bbb6bae5cbfa5f5b4",
+        "error",
+        "Metrics cannot be given out",
+        "PATH cannot be written or ENDPOINT not be listened on, for REASON; everything else goes on. For an "
+        "endpoint the unit's sandbox must be opened: packaging/prometheus/metrics-http.conf. Said again only "
+        "when the reason changes.",
+    ),
+    "metrics_on_disk": Event(
+        "229ec07243064f34915081ee01b76a2e",
+        "warning",
+        "The file for metrics is not in memory",
+        "PATH is on a disk, which is written at each metrics.interval. Name a place below /run, or a longer "
+        "interval, if the disk wears out.",
+    ),
     # Clients.
     "batch_refused": Event(
         "36b3c947a43648dfa88bb0889825d0fc",

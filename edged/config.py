@@ -33,6 +33,7 @@ __all__ = [
     "LimitsConfig",
     "LoadingConfig",
     "LogConfig",
+    "MetricsConfig",
     "ModelSettings",
     "ResourcesConfig",
     "RuntimeConfig",
@@ -146,6 +147,15 @@ class LogConfig:
 
 
 @dataclass(frozen=True)
+class MetricsConfig:
+    """`[metrics]`: where Prometheus finds them. `listen` is a host and a port; None is off for both."""
+
+    textfile: Path | None = None
+    interval_s: float = 15.0
+    listen: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
 class RuntimeConfig:
     """`[runtimes.NAME]`: the interpreter of this runtime's workers; None is the daemon's own."""
 
@@ -163,6 +173,7 @@ class Config:
     loading: LoadingConfig = field(default_factory=LoadingConfig)
     store: StoreConfig = field(default_factory=StoreConfig)
     log: LogConfig = field(default_factory=LogConfig)
+    metrics: MetricsConfig = field(default_factory=MetricsConfig)
     runtimes: Mapping[str, RuntimeConfig] = field(default_factory=dict)
 
 
@@ -191,6 +202,7 @@ class ModelSettings:
     precision: str = "f32"
     runtime: str | None = None
     threads: int | None = None
+    instances: int | str = 1
     tolerance: Tolerance = Tolerance()
     isolation: str = "model"
     swap: str = "beside"
@@ -268,6 +280,37 @@ def _parse_endpoint(value: object) -> object:
     return value
 
 
+def _parse_textfile(value: object) -> object:
+    if value == "off":
+        return None
+    parsed = units.path().parse(value)
+    if not str(parsed).endswith(".prom"):
+        raise ValueProblem(f"must end in .prom, or node_exporter passes it over, not be {quoted(value)}")
+    return parsed
+
+
+_LISTEN_RE = re.compile(r"(?:(127(?:\.\d{1,3}){3})|\[(::1)\]):(\d{1,5})")
+
+
+def _parse_listen(value: object) -> object:
+    """Addresses of this machine alone: whoever can connect may read, and nobody is asked who he is."""
+    wants = '"off", or a loopback address and a port such as "127.0.0.1:9633" or "[::1]:9633"'
+    if value == "off":
+        return None
+    found = _LISTEN_RE.fullmatch(value) if isinstance(value, str) else None
+    if (
+        found is None
+        or not 0 < int(found[3]) < 1 << 16
+        or any(int(n) > 255 for n in (found[1] or "").split(".") if n)
+    ):
+        raise ValueProblem(f"must be {wants}, not {quoted(value)}")
+    return found[1] or found[2], int(found[3])
+
+
+def _show_listen(value: object) -> str:
+    return '"off"' if not isinstance(value, tuple) else f'"{value[0]}:{value[1]}"'
+
+
 def _parse_versions(value: object) -> object:
     wants = '"latest:N", "all" or a list of version numbers such as [1, 3]'
     if value == "all" or (isinstance(value, str) and re.fullmatch(r"latest:[1-9][0-9]{0,2}", value)):
@@ -330,6 +373,10 @@ def _check_nested(data: object, where: str, depth: int) -> int:
 VERSION_MAX = (1 << 31) - 1
 """The largest version number: what a signed 32-bit integer of other servers' tools still takes."""
 
+INSTANCES_MAX = 64
+"""Of one model: each has a thread and a slot of shared memory, and no device has more cores to give."""
+
+
 _DEVICE = units.kind_of_text(
     'a device such as "cpu", "cuda", "cuda:1", "openvino:GPU", "openvino:GPU.1", "openvino:NPU"',
     r"cpu|cuda(:\d{1,3})?|openvino(:(CPU|NPU|GPU(\.\d{1,3})?))?",
@@ -339,6 +386,15 @@ _DEVICE_OR_AUTO = units.kind_of_text(
     r"auto|cpu|cuda(:\d{1,3})?|openvino(:(CPU|NPU|GPU(\.\d{1,3})?))?",
 )
 _ENDPOINT = Kind("an ipc:// endpoint", _parse_endpoint, str, lambda value: f'"{value}"')
+_TEXTFILE = Kind(
+    'a path that ends in .prom, or "off"',
+    _parse_textfile,
+    str,
+    lambda value: '"off"' if value is None else f'"{value}"',
+)
+_LISTEN = Kind(
+    'a loopback address and a port such as "127.0.0.1:9633", or "off"', _parse_listen, str, _show_listen
+)
 _VERSIONS = Kind('"latest:N", "all" or a list of numbers', _parse_versions, str, lambda value: f'"{value}"')
 _TOLERANCE = Kind(
     "a table of `rtol` and `atol`, each a number from 0",
@@ -544,6 +600,27 @@ _SECTIONS: Mapping[str, tuple[str, type, tuple[_Key, ...]]] = {
             ),
         ),
     ),
+    "metrics": (
+        "Figures for Prometheus.",
+        MetricsConfig,
+        (
+            _Key(
+                "textfile",
+                "textfile",
+                _TEXTFILE,
+                "Where node_exporter's textfile collector finds them; best in memory, as /run is.",
+                "`$RUNTIME_DIRECTORY/metrics/edged.prom` under systemd, else off",
+            ),
+            _Key("interval", "interval_s", units.duration(1, 3600), "How often the file is written."),
+            _Key(
+                "listen",
+                "listen",
+                _LISTEN,
+                "Where `GET /metrics` is answered. The unit's sandbox must be opened for it: "
+                "`packaging/prometheus/metrics-http.conf`.",
+            ),
+        ),
+    ),
 }
 
 _RUNTIME_KEYS: tuple[_Key, ...] = (
@@ -571,7 +648,19 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         "`f32`: as the model says; `fast`: what the device is fastest in. Each reply names what was used.",
     ),
     _Key("runtime", "runtime", units.choice(*RUNTIMES), "Pins the runtime.", "measured"),
-    _Key("threads", "threads", units.whole(1, 1024), "Pins the worker's threads.", "measured"),
+    _Key(
+        "threads",
+        "threads",
+        units.whole(1, 1024),
+        "Pins the threads of each instance.",
+        "the CPUs divided by the instances",
+    ),
+    _Key(
+        "instances",
+        "instances",
+        units.whole_or("auto", 1, INSTANCES_MAX),
+        "How many runs of the model are executed at once; `auto`: what gives the most on this machine.",
+    ),
     _Key("tolerance", "tolerance", _TOLERANCE, "How far answers may be from golden samples."),
     _Key(
         "isolation",
@@ -835,6 +924,10 @@ class _Paths:
             runtime = Path(session) / "edged" if user_run else state_dir / "run"
         return f"ipc://{runtime / 'edged.sock'}"
 
+    def textfile(self) -> Path | None:
+        runtime = self._systemd("RUNTIME_DIRECTORY")
+        return runtime / "metrics" / "edged.prom" if runtime else None
+
     def file(self) -> Path:
         directory = self._systemd("CONFIGURATION_DIRECTORY")
         return (directory or self._xdg("XDG_CONFIG_HOME", ".config")) / "edged.toml"
@@ -1003,6 +1096,9 @@ def _assemble(
             server["endpoint"] = _parse_endpoint(paths.endpoint(server["state_dir"]))
         except ValueProblem as problem:
             raise ConfigError(f"the default endpoint {problem}. Set EDGED_ENDPOINT.") from None
+    metrics = filled["metrics"]
+    if "textfile" not in metrics:
+        metrics["textfile"] = paths.textfile()
     return Config(
         server=ServerConfig(**server),
         limits=LimitsConfig(**filled["limits"]),
@@ -1011,6 +1107,7 @@ def _assemble(
         loading=LoadingConfig(**filled["loading"]),
         store=StoreConfig(**filled["store"]),
         log=LogConfig(**filled["log"]),
+        metrics=MetricsConfig(**metrics),
         runtimes={
             name: RuntimeConfig(str(runtimes[name]) if name in runtimes else None) for name in RUNTIMES
         },

@@ -366,6 +366,7 @@ class Core:
         self, event: LanePacket | LaneBadPacket, request_id: RequestId, error: EdgedError
     ) -> None:
         self.runs.counters["refused"] += 1
+        self.runs.refusals.note(error)
         self._out.append(LaneReply(event.connection, {"id": request_id, "error": error.to_wire()}))
         if isinstance(error, InvalidArgument) or isinstance(event, LaneBadPacket):
             self._note_bad(event.peer, error)

@@ -14,6 +14,7 @@ import math
 import mmap
 import os
 import platform
+import queue
 import resource
 import secrets
 import select
@@ -90,11 +91,13 @@ from edged.events import (
     UnloadInstance,
 )
 from edged.events import WorkerGone as WorkerGoneEvent
+from edged.exporter import Exporter
 from edged.helper import Helper, Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
 from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
 from edged.messages import Route
+from edged.metrics import Metrics
 from edged.repository import Entry, Snapshot, scan
 from edged.store import LastGood, Store, StoreError
 from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes
@@ -119,6 +122,9 @@ FAULT_RESCAN_S = 2.0
 REGIONS_MAX = 4096
 """Leased regions in all, or a quarter of the descriptors that the daemon may have: with none left, libzmq
 ends the process."""
+
+PAGE_S = 1.5
+"""How long a reader of metrics is kept waiting for the loop."""
 
 STATUS_S = 2.0
 """How often the text of `systemctl status` may change."""
@@ -225,6 +231,14 @@ class Daemon:
         self._open_sockets()
         self._open_lanes()
         self._helper = Helper("store", self._mailbox, self._note_bug)
+        self._metrics = Metrics()
+        self._exporter = Exporter(
+            emit=lambda kind, fields: self._journal.emit(kind, **fields),
+            ask=self._ask_for_page,
+            aside=lambda task: self._in_store(lambda _: task()),
+        )
+        stack.callback(self._exporter.close)
+        self._exporter.configure(config.metrics, now_s)
         self._watcher = Watcher(config.server.models, self._folder_touched)
         self._watcher.start()
         self._watcher_fault: str | None = None
@@ -385,7 +399,7 @@ class Daemon:
     """When `_timers` is to run at the latest; kept current by `_due_s`."""
 
     def _due_s(self) -> float:
-        due = min(self._sample_at_s, self._children.reap_at_s, self._flush_at_s)
+        due = min(self._sample_at_s, self._children.reap_at_s, self._flush_at_s, self._exporter.due_s)
         if self._scan_at_s is not None and not self._scanning and self._scan_at_s < due:
             due = self._scan_at_s
         core_due = self._core.next_due_s()
@@ -400,6 +414,7 @@ class Daemon:
             (self._children.reap_at_s, self._children.reap),
             (self._scan_at_s, self._begin_scan),
             (self._sample_at_s, self._sample),
+            (self._exporter.due_s, self._write_metrics),
         ):
             if due_s is None or now_s < due_s:
                 continue
@@ -520,6 +535,9 @@ class Daemon:
         with contextlib.suppress(BlockingIOError):
             os.eventfd_read(fd)
         while (event := self._mailbox.take()) is not None:
+            if isinstance(event, _PageAsked):
+                event.answer.put(self._page(time.monotonic()))
+                continue
             if isinstance(event, _LookAgain):
                 self._scan(Scan(SCAN_DEBOUNCE_S))
                 continue
@@ -550,6 +568,7 @@ class Daemon:
             self._step(ConfigChanged(live))
             self._wire_limits = self._core.wire_limits
             self._config = live
+            self._exporter.configure(live.metrics, time.monotonic())
             note = f"a restart is needed for {', '.join(fixed)}" if fixed else None
             self._journal.emit("config_reloaded", DETAIL=note)
         self._notifier.ready(status.status_text(self._core))
@@ -684,6 +703,27 @@ class Daemon:
         else:
             self._helper.give(task)
 
+    # ------------------------------------------------------------------ metrics
+
+    def _page(self, now_s: float) -> str:
+        outside = {
+            "edged_log_dropped_total": self._journal.dropped,
+            "edged_disk_busy_seconds": round(self._helper.busy_s(now_s), 3),
+        }
+        return self._metrics.render(self._core, now_s, outside)
+
+    def _write_metrics(self, now_s: float) -> None:
+        self._exporter.write(self._page, now_s)
+
+    def _ask_for_page(self) -> str | None:
+        """From the server's thread: the loop renders, since nobody else may look at the core."""
+        answer: queue.SimpleQueue[str] = queue.SimpleQueue()
+        self._mailbox.put(_PageAsked(answer))
+        try:
+            return answer.get(timeout=PAGE_S)
+        except queue.Empty:
+            return None
+
     # ------------------------------------------------------------------ time
 
     def _sample(self, now_s: float) -> None:
@@ -802,6 +842,13 @@ def _entry_of(good: LastGood) -> Entry:
 
 class _LookAgain(Event, frozen=True):
     """From the watcher: the folder was touched."""
+
+
+class _PageAsked(Event, frozen=True):
+    """From the server of metrics: somebody wants to read them."""
+
+    answer: Any
+    """A `queue.SimpleQueue` that gets the page."""
 
 
 def _keep_fixed(old: Config, new: Config) -> tuple[Config, list[str]]:

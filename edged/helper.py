@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -60,6 +61,7 @@ class Helper:
         self._on_bug = on_bug
         self._tasks: queue.SimpleQueue[_Given | None] = queue.SimpleQueue()
         self._later: dict[str, Task] = {}
+        self._busy_since_s: float | None = None
         self._thread = threading.Thread(target=self._work, name=f"edged-{name}", daemon=True)
         self._thread.start()
 
@@ -73,6 +75,11 @@ class Helper:
     def give_later(self, key: str, task: Task) -> None:
         """Has a task done at rest, or at the end; of several with one key only the last."""
         self._tasks.put(_Given(task, (), key))
+
+    def busy_s(self, now_s: float) -> float:
+        """How long it has been at its present task; 0 when it has none."""
+        since_s = self._busy_since_s
+        return 0.0 if since_s is None else max(0.0, now_s - since_s)
 
     def _work(self) -> None:
         while True:
@@ -95,11 +102,13 @@ class Helper:
             self._do(task, ())
 
     def _do(self, task: Task, otherwise: Sequence[Event]) -> None:
+        self._busy_since_s = time.monotonic()
         try:
             events = task()
         except Exception:  # noqa: BLE001 - the edge of the thread: a task's bug must not end it
             self._on_bug(traceback.format_exc())
             events = otherwise
+        self._busy_since_s = None
         for event in events:
             self._mailbox.put(event)
 

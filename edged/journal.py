@@ -111,6 +111,7 @@ class Journal:
         self._queue_records_max = queue_records_max
         self._lock = threading.Lock()
         self._dropped = 0
+        self._dropped_ever = 0
         self._closed = False
         self._patient_until_s = math.inf
         self._thread = threading.Thread(target=self._write_all, name="edged-journal", daemon=True)
@@ -122,6 +123,11 @@ class Journal:
     def level(self) -> LevelName:
         """The least level that is written."""
         return self._level
+
+    @property
+    def dropped(self) -> int:
+        """Records that were written nowhere, since the start."""
+        return self._dropped_ever
 
     def set_level(self, level: LevelName) -> None:
         """Write records of `level` and above from now on."""
@@ -146,7 +152,7 @@ class Journal:
         if self._closed:
             self._write_last(record)
         elif self._queue.qsize() >= self._queue_records_max:
-            self._note_dropped(1)
+            self._note_dropped()
         else:
             self._queue.put(record)
 
@@ -199,20 +205,22 @@ class Journal:
         if self._dropped:
             self._write_dropped()
 
-    def _note_dropped(self, count: int) -> None:
+    def _note_dropped(self) -> None:
         with self._lock:
-            self._dropped += count
+            self._dropped += 1
+            self._dropped_ever += 1
 
     def _write_dropped(self) -> None:
         with self._lock:
             count, self._dropped = self._dropped, 0
         said = _Record("log_dropped", CATALOG["log_dropped"], {"COUNT": count}, (__file__, 0, __name__))
         if not self._try(said):
-            self._note_dropped(count)
+            with self._lock:
+                self._dropped += count
 
     def _write(self, record: _Record) -> None:
         if not self._try(record):
-            self._note_dropped(1)
+            self._note_dropped()
 
     def _try(self, record: _Record) -> bool:
         """Writes a record where it can be written; False when that is nowhere."""

@@ -211,7 +211,7 @@ class Lifecycle:
         instance.learn(info)
         instance.due_s = None
         instance.ready_s = now_s
-        instance.move(InstanceState.READY, "", "")
+        instance.move(InstanceState.READY, "", self._workers.remark(instance))
         worker = self._workers.of(instance)
         if worker is not None:
             worker.rss_bytes = max(worker.rss_bytes, int(info.get("rss_bytes") or 0))

@@ -38,6 +38,7 @@ from edged.messages import RequestId, Route
 from edged.regions import Regions
 from edged.registry import Registry
 from edged.scheduler import Job, JobState, Scheduler
+from edged.statistics import Refusals
 from edged.workers import Workers
 
 __all__ = ["Run", "Runs"]
@@ -92,6 +93,7 @@ class Runs:
         self.table: dict[int, Run] = {}
         """Every run that is out, in the order in which they were handed over."""
         self.counters = {"refused": 0, "inferences": 0}
+        self.refusals = Refusals()
         self.spin_until_s = 0.0
         """Until then the answer of a short run is so near that sleeping for it would take longer."""
         self.epoch_offset_s = epoch_offset_s
@@ -298,6 +300,7 @@ class Runs:
     def refuse(self, route: Route, socket: str, request_id: RequestId, error: EdgedError) -> None:
         """Answers with an error what was never admitted, or what `answer` gives it."""
         self.counters["refused"] += 1
+        self.refusals.note(error)
         self._emit(Reply(route, socket, {"id": request_id, "error": error.to_wire()}))
 
     def answer(self, job: Job, instance: Instance | None, error: EdgedError, now_s: float) -> None:

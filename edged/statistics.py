@@ -6,11 +6,17 @@ Pure. Latencies go into a histogram of geometric buckets (eight to a doubling, s
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
-__all__ = ["Histogram", "ModelStatistics"]
+from edged.errors import EdgedError
+
+__all__ = ["Histogram", "ModelStatistics", "Refusals"]
 
 _SUB = 8
+_REFUSALS_MAX = 200
+"""Kinds of refusals that are told apart. Ours are about 70; a runtime's reasons may come on top."""
+
 _BUCKETS = 40 * _SUB
 
 
@@ -41,6 +47,15 @@ class Histogram:
             if n and seen >= rank:
                 return index if index < 16 else (index % _SUB + _SUB) << (index // _SUB - 1)
         return 0
+
+    def below(self, powers: Iterable[int]) -> list[int]:
+        """How many latencies were below each power of two of µs, from 16 on; exact: buckets end there."""
+        return [sum(self._counts[: (power - 2) * _SUB]) for power in powers]
+
+    def merge(self, other: Histogram) -> None:
+        """Counts what another has counted, too."""
+        self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts, strict=True)]
+        self.count += other.count
 
 
 class ModelStatistics:
@@ -75,6 +90,17 @@ class ModelStatistics:
         pair[0] += 1
         pair[1] += total_ns
 
+    def merge(self, other: ModelStatistics) -> None:
+        """Counts what another has counted, too."""
+        self.inference_count += other.inference_count
+        self.execution_count += other.execution_count
+        self.last_inference_ms = max(self.last_inference_ms, other.last_inference_ms)
+        self.histogram.merge(other.histogram)
+        for kind, (count, ns) in other.sums.items():
+            pair = self.sums[kind]
+            pair[0] += count
+            pair[1] += ns
+
     @property
     def error_count(self) -> int:
         """Requests that failed; cancelled ones are not failures."""
@@ -97,3 +123,20 @@ class ModelStatistics:
                 "count": self.histogram.count,
             },
         }
+
+
+class Refusals:
+    """How many requests were answered with which error; closed words, and a bound in case they are not."""
+
+    OTHERS = ("OTHER", "OTHER")
+
+    def __init__(self) -> None:
+        self.counts: dict[tuple[str, str], int] = {}
+        """By code and reason."""
+
+    def note(self, error: EdgedError) -> None:
+        """Counts one answer."""
+        key = (error.code.value, error.reason or "")
+        if key not in self.counts and len(self.counts) >= _REFUSALS_MAX:
+            key = self.OTHERS
+        self.counts[key] = self.counts.get(key, 0) + 1

@@ -236,6 +236,8 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "device": str(info.get("device") or ("" if candidate is None else candidate.device)),
         "precision": str(info.get("precision", "")),
         "threads": info.get("threads", 0),
+        "instances": info.get("instances", 0),
+        "batch": info.get("batch"),
         "choice": instance.choice,
         "policy": instance.settings.policy,
         "fallback_reason": instance.fallback_reason or None,

@@ -26,6 +26,7 @@ __all__ = [
     "quoted",
     "size",
     "whole",
+    "whole_or",
 ]
 
 SIZE_UNITS: dict[str, int] = {
@@ -111,6 +112,22 @@ def whole(low: int, high: int) -> Kind:
         return value
 
     return Kind(wants, parse, _number_read, _number_show)
+
+
+def whole_or(word: str, low: int, high: int) -> Kind:
+    """A whole number from `low` to `high`, or one word that leaves it open."""
+    numbers = whole(low, high)
+    wants = f'"{word}" or {numbers.wants}'
+
+    def parse(value: object) -> object:
+        if value == word:
+            return value
+        try:
+            return numbers.parse(value)
+        except ValueProblem:
+            raise _problem(wants, value) from None
+
+    return Kind(wants, parse, numbers.read, lambda v: _text_show(v) if v == word else numbers.show(v))
 
 
 def number(low: float, high: float) -> Kind:

@@ -19,8 +19,9 @@ __all__ = ["Workers"]
 WORKER_END_S = 3.0
 """From asking a worker to exit until it is killed: a runtime's teardown takes tens of milliseconds."""
 
-ARENA_MESSAGES = 4
-"""How many of the largest messages a worker's memory may hold: inputs and outputs of each of its slots."""
+ARENA_MESSAGES, SLOT_MESSAGES = 8, 2
+"""How many of the largest messages a worker's slots may hold together, and each of them at the least: the
+inputs and outputs of one run."""
 
 
 class Workers:
@@ -45,11 +46,11 @@ class Workers:
         return worker
 
     @staticmethod
-    def _shares(instance: Instance, candidate: Candidate) -> bool:
-        return candidate.gpu_like or instance.settings.isolation == "shared"
+    def _shares(settings: ModelSettings, candidate: Candidate) -> bool:
+        return candidate.gpu_like or settings.isolation == "shared"
 
     def _to_share(self, instance: Instance, candidate: Candidate) -> Worker | None:
-        if not self._shares(instance, candidate):
+        if not self._shares(instance.settings, candidate):
             return None
         for worker in self.table.values():
             same = (worker.runtime, worker.device) == (candidate.runtime, candidate.device)
@@ -60,10 +61,12 @@ class Workers:
     def _start(self, instance: Instance, candidate: Candidate) -> Worker:
         self._ids += 1
         worker = Worker(
-            self._ids, candidate.runtime, candidate.device, shared=self._shares(instance, candidate)
+            self._ids, candidate.runtime, candidate.device, shared=self._shares(instance.settings, candidate)
         )
         worker.memory_max_bytes = instance.settings.memory_max_bytes
         self.table[worker.id] = worker
+        slots = self._instances(candidate, instance.settings) + 1
+        messages = max(SLOT_MESSAGES, ARENA_MESSAGES // slots)
         self._around.emit(
             StartWorker(
                 worker.id,
@@ -71,7 +74,7 @@ class Workers:
                 candidate.gpu_like,
                 # What a GPU's driver maps says nothing of memory used: there the guard's samples bound it.
                 None if candidate.gpu_like else self.memory_max_bytes(instance.settings),
-                ARENA_MESSAGES * self._around.config.limits.message_bytes,
+                messages * self._around.config.limits.message_bytes,
                 SLOTS_AT_START,
             )
         )
@@ -117,12 +120,28 @@ class Workers:
 
     def _where(self, candidate: Candidate, settings: ModelSettings) -> dict[str, Any]:
         """The part of a load that says where and how."""
+        instances = self._instances(candidate, settings)
         return {
             "runtime": candidate.runtime,
             "device": candidate.device,
             "precision": settings.precision,
-            "threads": settings.threads or self._around.machine.cpus,
+            "threads": settings.threads or max(1, self._around.machine.cpus // instances),
+            "instances": instances,
         }
+
+    def _instances(self, candidate: Candidate, settings: ModelSettings) -> int:
+        """How many runs at once a load is to allow; what shares a process takes its turn there."""
+        if isinstance(settings.instances, str) or self._shares(settings, candidate):
+            return 1
+        return settings.instances
+
+    def remark(self, instance: Instance) -> str:
+        """What of an instance's settings is without effect in its worker, for people; mostly nothing."""
+        settings, candidate = instance.settings, instance.plan[0]
+        if isinstance(settings.instances, str) or self._instances(candidate, settings) == settings.instances:
+            return ""
+        why = f"{candidate} runs" if candidate.gpu_like else 'isolation = "shared" means'
+        return f"instances = {settings.instances} has no effect: {why} one thing at a time"
 
     # ------------------------------------------------------------------ going out
 

@@ -1,4 +1,4 @@
-"""Writes what is generated from `edged.catalog`: journald's catalog file and the operator's table.
+"""Writes what is generated from the sources: journald's catalog file and the operator's two tables.
 
 python packaging/generate.py            writes both
 python packaging/generate.py --check    exits 1 and names what is out of date
@@ -12,11 +12,14 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from edged.catalog import CATALOG  # noqa: E402 - this script also runs where edged is not installed
+from edged.families import FAMILIES  # noqa: E402 - as above
 
 CATALOG_FILE = ROOT / "packaging" / "edged.catalog"
 OPERATING = ROOT / "docs" / "operating.md"
 BEGIN = "<!-- events: written by packaging/generate.py -->"
 END = "<!-- end of events -->"
+METRICS_BEGIN = "<!-- metrics: written by packaging/generate.py -->"
+METRICS_END = "<!-- end of metrics -->"
 
 
 def catalog_text() -> str:
@@ -38,13 +41,27 @@ def table() -> str:
     return "\n".join(rows)
 
 
+def metrics_table() -> str:
+    """The metrics as a Markdown table."""
+    rows = ["| metric | type | labels | what it is |", "| --- | --- | --- | --- |"]
+    for name, family in FAMILIES.items():
+        labels = ", ".join(f"`{label}`" for label in family.labels)
+        rows.append(f"| `{name}` | {family.type} | {labels} | {family.help} |")
+    return "\n".join(rows)
+
+
 def operating_text(current: str) -> str:
-    """The operator's page with the table between its markers made anew."""
-    head, begin, rest = current.partition(BEGIN)
-    _, end, tail = rest.partition(END)
-    if not begin or not end:
-        raise SystemExit(f"{OPERATING}: the markers {BEGIN} and {END} are missing")
-    return f"{head}{BEGIN}\n{table()}\n{END}{tail}"
+    """The operator's page with the tables between their markers made anew."""
+    text = _between(current, BEGIN, END, table())
+    return _between(text, METRICS_BEGIN, METRICS_END, metrics_table())
+
+
+def _between(current: str, begin: str, end: str, made: str) -> str:
+    head, found, rest = current.partition(begin)
+    _, closed, tail = rest.partition(end)
+    if not found or not closed:
+        raise SystemExit(f"{OPERATING}: the markers {begin} and {end} are missing")
+    return f"{head}{begin}\n{made}\n{end}{tail}"
 
 
 def main(arguments: list[str]) -> int:

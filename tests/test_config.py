@@ -230,6 +230,7 @@ policy = "require"
 precision = "fast"
 runtime = "openvino"
 threads = 2
+instances = 3
 tolerance = { rtol = 0.01, atol = 1 }
 isolation = "shared"
 swap = "replace"
@@ -255,6 +256,7 @@ label = ["one"]
         precision="fast",
         runtime="openvino",
         threads=2,
+        instances=3,
         tolerance=Tolerance(rtol=0.01, atol=1),
         isolation="shared",
         swap="replace",
@@ -290,6 +292,8 @@ def test_empty_settings_are_the_defaults() -> None:
         ("tolerance = { rtol = -1 }\n", "each part must be a number"),
         ("tolerance = 3\n", "`tolerance` must be"),
         ("threads = 0\n", "from 1 to 1024"),
+        ("instances = 65\n", '"auto" or a whole number from 1 to 64'),
+        ('instances = "many"\n', '"auto" or a whole number from 1 to 64'),
         ("golden = 1\n", "`golden` must be"),
         ("[[golden]]\ninputs = {x=[1]}\n", "number 1 is"),
         ("[[golden]]\ninputs = {}\noutputs = {y=[1]}\n", "must have a table of tensors as `inputs`"),
@@ -372,3 +376,54 @@ def test_inline_golden_samples_fit_into_a_packet() -> None:
     numbers = ",".join(["1.5"] * 20_000)
     with pytest.raises(ConfigError, match=r"golden/\*\.npz"):
         parse_model_settings(f"[[golden]]\ninputs.x = [{numbers}]\noutputs.y = [1.0]\n", source="m.toml")
+
+
+@pytest.mark.parametrize("listen", ["127.0.0.1:9633", "127.8.9.10:1", "[::1]:65535", "off"])
+def test_metrics_listen_on_this_machine_only(tmp_path: Path, listen: str) -> None:
+    """Loopback addresses with a port, both versions of IP, or nothing."""
+    found = load_config(flags={"metrics.listen": listen}, environ={"HOME": str(tmp_path)}, file=None)
+    assert (
+        found.metrics.listen
+        == {
+            "127.0.0.1:9633": ("127.0.0.1", 9633),
+            "127.8.9.10:1": ("127.8.9.10", 1),
+            "[::1]:65535": ("::1", 65535),
+            "off": None,
+        }[listen]
+    )
+
+
+@pytest.mark.parametrize(
+    "listen",
+    [
+        "0.0.0.0:1",
+        "192.168.1.2:1",
+        "[::]:1",
+        "localhost:1",
+        "127.0.0.1",
+        "127.0.0.1:0",
+        ":1",
+        "127.0.0.1:65536",
+        "127.0.0.256:1",
+        "on",
+    ],
+)
+def test_metrics_are_given_to_no_other_machine(tmp_path: Path, listen: str) -> None:
+    """An address that others reach is refused when the settings are read."""
+    with pytest.raises(ConfigError, match="loopback"):
+        load_config(flags={"metrics.listen": listen}, environ={"HOME": str(tmp_path)}, file=None)
+
+
+def test_the_metrics_file_is_on_in_the_service_and_off_elsewhere(tmp_path: Path) -> None:
+    """In the runtime directory; it can be moved and turned off, and must have the name that is collected."""
+    service = {"HOME": str(tmp_path), "RUNTIME_DIRECTORY": "/run/edged", "STATE_DIRECTORY": "/var/lib/edged"}
+
+    def textfile(environ: dict[str, str], value: str | None = None) -> Path | None:
+        return load_config(flags={"metrics.textfile": value}, environ=environ, file=None).metrics.textfile
+
+    assert textfile(service) == Path("/run/edged/metrics/edged.prom")
+    assert textfile({"HOME": str(tmp_path)}) is None
+    assert textfile(service, "off") is None
+    assert textfile(service, "/run/x/y.prom") == Path("/run/x/y.prom")
+    with pytest.raises(ConfigError, match="prom"):
+        textfile(service, "/run/x/y.txt")

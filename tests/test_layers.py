@@ -16,14 +16,25 @@ FILES = {
 }
 PURE = ("messages", "wire", "tensors", "errors", "scheduler", "statistics", "devices", "events", "instances")
 PURE += ("registry", "workers", "placement", "turns", "retirement", "lifecycle", "entries")
-PURE += ("choosing", "core", "runs", "admission", "status", "resources", "regions", "happenings")
+PURE += (
+    "choosing",
+    "core",
+    "runs",
+    "admission",
+    "status",
+    "metrics",
+    "resources",
+    "regions",
+    "happenings",
+    "families",
+)
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
 
 LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(f"edged.{name}" for name in layer.split())
     for layer in (
-        "errors version",
+        "errors version families",
         "tensors messages units",
         "wire config resources scheduler statistics regions happenings",
         "repository devices",
@@ -33,9 +44,9 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "turns runs admission",
         "retirement",
         "lifecycle",
-        "entries choosing status",
+        "entries choosing status metrics",
         "core",
-        "sites helper transport store watcher system journald process assembly",
+        "sites helper transport store watcher system journald exporter process assembly",
         "journal",
         "lanes children",
         "daemon",

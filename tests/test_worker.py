@@ -469,3 +469,57 @@ def test_a_bad_boolean_of_a_batch_is_found_after_its_copy(worker: Handle, tmp_pa
     region.memory[:2] = b"\x01\x02"
     row = ["x", "BOOL", [3], 0, 3, None, [[1, 0, 1, 2]]]
     assert region.run(row, {})[3:5] == ["INVALID_ARGUMENT", "BAD_DATA"]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_instances_run_at_once_and_a_cancel_hits_its_own(
+    spawner: Spawner, tmp_path: Path, runtime: str
+) -> None:
+    """Three runs of minutes at once: each is cancelled by its number, in another order than they came."""
+    with Handle(spawner, runtime) as worker:
+        loaded = worker.load(long_model(tmp_path / "m.onnx"), warmup=0, instances=3)
+        assert loaded[2]["instances"] == 3
+        x = {"t0": np.zeros((1500, 1500), np.float32)}
+        runs = [worker.send(x, slot=slot) for slot in range(3)]
+        for slot in (1, 2, 0):
+            worker.ask("cancel", runs[slot])
+            assert worker.answer()[:4] == ["failed", runs[slot], slot, "CANCELLED"]
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_runs_at_once_do_not_mix(spawner: Spawner, tmp_path: Path, runtime: str) -> None:
+    """Hundreds of runs over three threads are each answered with their own numbers."""
+    with Handle(spawner, runtime) as worker:
+        assert worker.load(identity(tmp_path, shape=(-1, 4)), instances=3)[0] == "loaded"
+        free, sent = list(range(4)), {}
+        for number in range(400):
+            if not free:
+                free.append(check(worker, sent))
+            slot = free.pop()
+            x = np.full((1 + number % 3, 4), number, np.float32)
+            sent[worker.send({"x": x}, slot=slot)] = x
+        while sent:
+            check(worker, sent)
+
+
+def check(worker: Handle, sent: dict[int, Any]) -> int:
+    """Compares the next answer with what was sent; its slot."""
+    answer = worker.answer()
+    assert answer[0] == "done", answer
+    _, _, shape, offset, nbytes = answer[3][0]
+    got = np.frombuffer(worker.process.arena.read(answer[2], offset, nbytes), np.float32).reshape(shape)
+    np.testing.assert_array_equal(got, sent.pop(answer[1]))
+    slot: int = answer[2]
+    return slot
+
+
+def test_an_unload_waits_for_all_runs(fake: Handle, tmp_path: Path) -> None:
+    """A model is not taken apart under the runs that use it, on whichever thread."""
+    assert fake.load(fake_model(tmp_path, run="hang"), warmup=0, instances=2)[0] == "loaded"
+    runs = [fake.send({"x": X}, slot=slot) for slot in range(2)]
+    fake.ask("unload", 1)
+    fake.ask("cancel", runs[0])
+    assert fake.answer()[1] == runs[0]
+    fake.ask("cancel", runs[1])
+    assert fake.answer()[1] == runs[1]
+    fake.control("unloaded")

@@ -67,6 +67,7 @@ class Handle:
         if self._said is None:
             self.control("hello")
         wanted = {"path": str(path), "format": "onnx", "runtime": self.runtime, "device": "CPU", "threads": 1}
+        assert self.process.widen(settings.get("instances", 1))
         self.ask("load", instance, {**wanted, **settings})
         return self._next_said()
 

@@ -187,7 +187,7 @@ class OnnxRuntime:
                 code=Code.INVALID_ARGUMENT,
             )
         refuse_dangerous_onnx(request.path)
-        options = _session_options(request.threads)
+        options = _session_options(request.threads, request.instances)
         providers, precision = _providers(request.device, request.precision)
         if hasattr(options, "set_load_cancellation_flag"):
             cancel.on_cancel(lambda: options.set_load_cancellation_flag(True))
@@ -223,9 +223,10 @@ def create() -> OnnxRuntime:
     return OnnxRuntime()
 
 
-def _session_options(threads: int) -> Any:
+def _session_options(threads: int, instances: int) -> Any:
+    """One session serves all instances: each run works in its own thread, the others are one pool."""
     options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = instances * (threads - 1) + 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 4
     if _release() >= SPIN_DURATION_SINCE:
