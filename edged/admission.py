@@ -6,15 +6,18 @@ queued. `parts` collects the pieces of leased memory that were named, for the ca
 
 from __future__ import annotations
 
+from typing import Any
+
 from edged.errors import InvalidArgument
 from edged.events import RequestArrived
 from edged.instances import Instance
 from edged.messages import InputTensor, RegionPart, TensorData
 from edged.regions import Regions
+from edged.scheduler import ShapeKey
 from edged.tensors import ITEM_BYTES, check_shape, shape_text
 from edged.wire import cut, input_data, leased_input, region_reference
 
-__all__ = ["checked_inputs", "checked_outputs"]
+__all__ = ["checked_inputs", "checked_outputs", "rows_and_key"]
 
 
 def checked_inputs(
@@ -104,3 +107,21 @@ def checked_outputs(
         into = into or {}
         into[ref.name] = part
     return names, into
+
+
+def rows_and_key(inputs: list[TensorData], outputs: list[str] | None) -> tuple[int, ShapeKey | None]:
+    """A request's rows, and what it has in common with those that it may share a run with.
+
+    The key is None where the inputs differ in their first dimension, or have none: it runs by itself.
+    """
+    shape = inputs[0].shape if inputs else None
+    if not shape or not shape[0]:
+        return 1, None
+    rows = shape[0]
+    key: list[Any] = [None if outputs is None else tuple(outputs)]
+    for tensor in inputs:
+        shape = tensor.shape
+        if not shape or shape[0] != rows or tensor.datatype not in ITEM_BYTES:
+            return rows, None
+        key.append((tensor.name, tensor.datatype, *shape[1:]))
+    return rows, tuple(key)

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edged import resources, status
-from edged.admission import checked_inputs, checked_outputs
+from edged.admission import checked_inputs, checked_outputs, rows_and_key
 from edged.choosing import Chooser
 from edged.config import Config
 from edged.devices import Verdict
@@ -283,8 +283,7 @@ class Core:
             if due_s <= now_s:
                 raise DeadlineExceeded("the request arrived after its deadline", reason="EXPIRED_ON_ARRIVAL")
         instance = self.registry.lookup(request.model_name, request.model_version)
-        scheduler = self.scheduler
-        scheduler.check_room(event.route, request.id)
+        self.scheduler.check_room(event.route, request.id)
         parts: list[RegionPart] = []
         try:
             inputs = checked_inputs(instance, event, self.regions, parts)
@@ -292,10 +291,11 @@ class Core:
         except EdgedError:
             instance.stats.failure("reject", 0)
             raise
+        peer = event.peer
         job = Job(
             route=event.route,
             request_id=request.id,
-            peer=event.peer,
+            peer=peer,
             instance=instance.id,
             inputs=inputs,
             outputs=outputs,
@@ -304,19 +304,20 @@ class Core:
             deadline_s=due_s,
             priority=priority,
             warnings=unknown_parameters(request),
+            client=(peer.uid, peer.pid),
         )
-        try:
-            scheduler.admit(job, queue_length=instance.settings.queue_length, mean_run_s=instance.mean_run_s)
-        except EdgedError:
-            instance.stats.failure("reject", 0)
-            raise
         if parts:
             job.into = into
             job.regions = tuple({part.region for part in parts})
-            self.regions.hold(job.regions)
-        worker = self.workers.table.get(instance.worker) if instance.worker is not None else None
-        if worker is not None and worker.free_slots:
-            self.runs.dispatch(worker, now_s)
+        if instance.batch_max > 1:
+            job.rows, job.shape_key = rows_and_key(inputs, outputs)
+            if into:
+                job.shape_key = None
+        try:
+            self.runs.submit(job, instance, now_s)
+        except EdgedError:
+            instance.stats.failure("reject", 0)
+            raise
 
     # ------------------------------------------------------------------ leases
 

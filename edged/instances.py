@@ -20,6 +20,7 @@ from edged import resources
 from edged.config import Config, ModelSettings
 from edged.devices import Candidate
 from edged.errors import EdgedError
+from edged.estimate import RunTimes
 from edged.events import Effect, Publish
 from edged.repository import Entry
 from edged.statistics import ModelStatistics
@@ -187,9 +188,11 @@ class Instance:
     outputs: dict[str, TensorSpec] = field(default_factory=dict)
     required: frozenset[str] = frozenset()
     stats: ModelStatistics = field(default_factory=ModelStatistics)
-    mean_run_s: float = 0.0
+    times: RunTimes = field(default_factory=RunTimes)
     batch_max: int = 1
     """Rows of different requests that may share a run; 1 where they must not."""
+    hold_s: float = 0.0
+    """How long a free slot waits for a batch to fill."""
     restarts: int = 0
     crashes: int = 0
     """Since it last was stable."""
@@ -237,6 +240,10 @@ class Instance:
         self.inputs = {w["name"]: TensorSpec.from_wire(w) for w in info["inputs"]}
         self.outputs = {w["name"]: TensorSpec.from_wire(w) for w in info["outputs"]}
         self.required = frozenset(n for n, spec in self.inputs.items() if not spec.optional)
+        batch = info.get("batch") or {}
+        self.times = RunTimes(batch.get("times_us") or ())
+        self.batch_max = max(1, int(batch.get("max") or 1))
+        self.hold_s = self.settings.max_queue_delay_s if self.batch_max > 1 else 0.0
         if info.get("fallback_reason"):
             self.fallback_reason = str(info["fallback_reason"])
 

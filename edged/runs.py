@@ -1,7 +1,9 @@
 """Runs: which jobs are with which worker, how each run ends, and the one answer that each job gets.
 
-Pure. `dispatch` hands waiting jobs to a worker's free slots; from there a run ends in one of four ways, and
-each of its jobs is answered or goes back into the queue:
+Pure. `submit` takes a request in, or refuses it; `dispatch` hands waiting jobs to a worker's free slots, as
+late as that costs nothing (`WAIT_AT_SOCKET_S`) so that the order and the batches are those of the moment, and
+never waits for more to come unless the owner asked for that (`max_queue_delay`). A run ends in one of four
+ways, and each of its jobs is answered or goes back into the queue:
 
 - done: each job gets its rows of the outputs;
 - failed: a job that ran by itself is answered with the error; those of a batch go back to run by themselves,
@@ -11,6 +13,10 @@ each of its jobs is answered or goes back into the queue:
 - past its hard limit: all are answered, the runtime is told to stop, and if it does not its worker is killed.
 
 A deadline or a cancel answers a job at once; its run goes on for as long as another job of it is wanted.
+
+Deadlines are kept by not beginning what cannot be finished: a request is refused when it comes, and answered
+instead of run when its turn comes, if by the estimate it is too late. Only what is ahead of it, running or
+waiting, can make it so: a model with nothing to do always tries, so that a wrong estimate is found out.
 """
 
 from __future__ import annotations
@@ -20,7 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from edged.errors import Cancelled, DeadlineExceeded, EdgedError, Unavailable, make_error
+from edged.errors import Cancelled, DeadlineExceeded, EdgedError, ResourceExhausted, Unavailable, make_error
 from edged.events import (
     CancelRun,
     Effect,
@@ -51,6 +57,11 @@ RUN_GRACE_S = 2.0
 
 RUN_HUNG = "a run did not stop when told to"
 
+WAIT_AT_SOCKET_S = 1e-3
+"""A worker is given one run more than it executes, to wait at its socket, while its last one is no longer
+than this: a hand-over takes some 50 µs, of which longer runs hardly notice, and what is handed over early
+can neither be overtaken nor join a batch."""
+
 SPIN_RUN_MAX_S, SPIN_S = 100e-6, 150e-6
 """The runs whose answer is looked for without sleeping, and the most that each may cost the supervisor."""
 
@@ -65,7 +76,10 @@ class Run:
     instance: Instance
     worker: Worker
     slot: int
-    started_s: float
+    expected_s: float
+    """What it takes in the worker, by the estimate; 0 where nothing is known."""
+    began_s: float
+    """When the worker could begin it, at the earliest."""
     stop_at_s: float = math.inf
     kill_at_s: float = math.inf
 
@@ -109,49 +123,181 @@ class Runs:
         """Called when a job of a draining instance has ended."""
         self._ids = 0
         self._check_s = math.inf
+        self._held_until_s: dict[int, float] = {}
+        """Workers for which jobs are held back so that their batch may fill."""
 
     def next_due_s(self) -> float:
-        """When `tick` has something to do, at the earliest."""
-        return self._check_s
+        """When `tick` has something to do beside deadlines, at the earliest."""
+        return min(self._check_s, *self._held_until_s.values()) if self._held_until_s else self._check_s
+
+    # ------------------------------------------------------------------ coming in
+
+    def submit(self, job: Job, instance: Instance, now_s: float) -> None:
+        """Takes a request in and starts it if it can. Raises DeadlineExceeded or ResourceExhausted."""
+        scheduler = self._scheduler
+        worker = None if instance.worker is None else self._workers.table.get(instance.worker)
+        serves = worker is not None and instance.state is InstanceState.READY
+        if serves and job.deadline_s != math.inf:
+            self._check_in_time(job, instance, now_s)
+        try:
+            victim = scheduler.make_room(job, queue_length=instance.settings.queue_length)
+        except ResourceExhausted as error:
+            error.retry_after_ms = _ms(self._busy_s(instance, scheduler.queued_rows(instance.id), now_s))
+            raise
+        if victim is not None:
+            self._give_way(victim, instance, now_s)
+        scheduler.admit(job)
+        if job.regions:
+            self._regions.hold(job.regions)
+        if worker is None or not serves:
+            scheduler.enqueue(job)
+        elif len(worker.instances) > 1 or instance.hold_s or scheduler.queued(instance.id):
+            scheduler.enqueue(job)
+            self.dispatch(worker, now_s)
+        elif self._has_room(worker):
+            job.state = JobState.RUNNING
+            self._start([job], job.rows, instance, worker, now_s)
+        else:
+            scheduler.enqueue(job)
+
+    def _check_in_time(self, job: Job, instance: Instance, now_s: float) -> None:
+        rows = self._scheduler.rows_ahead(job)
+        worker = self._workers.table[instance.worker or 0]
+        if not rows and len(worker.runs) < worker.concurrency:
+            return
+        late_s = (
+            now_s + self._busy_s(instance, rows, now_s) + instance.times.safe_s(job.rows) - job.deadline_s
+        )
+        if late_s > 0.0:
+            raise DeadlineExceeded(
+                f"it would be {_ms(late_s)} ms late, with {rows} rows ahead of it; ask again later, or with "
+                "more time",
+                reason="CANNOT_MEET_DEADLINE",
+                retry_after_ms=_ms(late_s),
+            )
+
+    def _busy_s(self, instance: Instance, rows: int, now_s: float) -> float:
+        """How long a worker takes with what it has, and with so many of an instance's rows after that."""
+        worker = self._workers.of(instance)
+        if worker is None:
+            return 0.0
+        left_s = instance.times.drain_s(rows, instance.batch_max)
+        for position, run_id in enumerate(worker.runs):
+            run = self.table[run_id]
+            turn_s = run.instance.times.turn_s(run.rows)
+            left_s += turn_s if position >= worker.concurrency else max(0.0, run.began_s + turn_s - now_s)
+        return left_s / worker.concurrency
+
+    def _give_way(self, job: Job, instance: Instance, now_s: float) -> None:
+        error = ResourceExhausted(
+            "the queue is full, and its place was needed for a request of better priority, or of a client "
+            "that has fewer waiting; ask again later",
+            reason="QUEUE_FULL",
+            retry_after_ms=_ms(self._busy_s(instance, self._scheduler.queued_rows(instance.id), now_s)),
+        )
+        self.answer(job, instance, error, now_s, kind="reject")
 
     # ------------------------------------------------------------------ handing over
 
+    def _has_room(self, worker: Worker) -> bool:
+        """Whether a worker is to be given one run more."""
+        out = len(worker.runs)
+        if out < worker.concurrency:
+            return True
+        return out == worker.concurrency and self.table[worker.runs[-1]].expected_s < WAIT_AT_SOCKET_S
+
     def dispatch(self, worker: Worker, now_s: float) -> None:
         """Hands waiting jobs to a worker's free slots."""
-        instances = self._registry.instances
-        serving = [
-            i
-            for i in worker.instances
-            if instances[i].state is InstanceState.READY or instances[i].state is InstanceState.DRAINING
-        ]
-        while worker.free_slots:
-            job = self._scheduler.next(serving)
+        scheduler = self._scheduler
+        serving = self._serving(worker, now_s)
+        while serving and self._has_room(worker):
+            job = scheduler.best(serving, now_s)
             if job is None:
                 return
-            self._start([job], instances[job.instance], worker, now_s)
+            instance = self._registry.instances[job.instance]
+            if job.deadline_s != math.inf and self._too_late(job, instance, now_s):
+                continue
+            scheduler.take(job, serving, now_s)
+            jobs, rows = [job], job.rows
+            if job.shape_key is not None and instance.batch_max > rows:
+                jobs += scheduler.mates(
+                    job, rows_max=self._rows_max(instance, worker), times=instance.times, now_s=now_s
+                )
+                rows = sum([each.rows for each in jobs])
+            self._start(jobs, rows, instance, worker, now_s)
 
-    def _start(self, jobs: list[Job], instance: Instance, worker: Worker, now_s: float) -> None:
+    def _serving(self, worker: Worker, now_s: float) -> list[int]:
+        """The instances of a worker that have something for it to do now."""
+        found = []
+        for each in worker.instances:
+            instance = self._registry.instances[each]
+            if (
+                self._scheduler.queued(each)
+                and (instance.state is InstanceState.READY or instance.state is InstanceState.DRAINING)
+                and not (instance.hold_s and self._held(instance, worker, now_s))
+            ):
+                found.append(each)
+        return found
+
+    def _held(self, instance: Instance, worker: Worker, now_s: float) -> bool:
+        """Whether what waits is still to wait for more; the tick that ends this is seen to."""
+        scheduler, times = self._scheduler, instance.times
+        rows = scheduler.queued_rows(instance.id)
+        if rows >= times.best_rows(instance.batch_max):
+            return False
+        until_s = scheduler.queued_since_s(instance.id) + instance.hold_s
+        deadline_s = scheduler.next_deadline_s()
+        if deadline_s is not None:
+            until_s = min(until_s, deadline_s - times.safe_s(rows))
+        if until_s <= now_s:
+            return False
+        self._held_until_s[worker.id] = until_s
+        return True
+
+    def _too_late(self, job: Job, instance: Instance, now_s: float) -> bool:
+        """Answers a job whose turn has come too late, if another waits for its place."""
+        if job.deadline_s > now_s:
+            in_time = now_s + instance.times.turn_s(job.rows) <= job.deadline_s
+            if in_time or self._scheduler.queued(instance.id) == 1:
+                return False
+        error = DeadlineExceeded(
+            f"it waited {_ms(now_s - job.arrived_s)} ms, and what is left of its time is too short for a run",
+            reason="CANNOT_MEET_DEADLINE",
+        )
+        self.withdraw(job, error, now_s, kind="reject")
+        return True
+
+    def _rows_max(self, instance: Instance, worker: Worker) -> int:
+        """Rows of the next run: as many as are best, divided among the slots that are free for them."""
+        best = instance.times.best_rows(instance.batch_max)
+        free = worker.concurrency - len(worker.runs)
+        if free > 1:
+            best = min(best, -(-(self._scheduler.queued_rows(instance.id) + 1) // free))
+        return best
+
+    def _start(self, jobs: list[Job], rows: int, instance: Instance, worker: Worker, now_s: float) -> None:
         slot = worker.free_slots.pop()
         self._ids += 1
         run_id = self._ids
-        rows, deadline_s = 0, 0.0
+        deadline_s = 0.0
         for job in jobs:
             job.run_id = run_id
             job.started_s = now_s
-            rows += job.rows
             deadline_s = max(deadline_s, job.deadline_s)
             if job.regions:
                 self._regions.hold(job.regions)
-        run = self.table[run_id] = Run(run_id, jobs, rows, instance, worker, slot, now_s)
+        expected_s = instance.times.expect_s(rows)
+        run = self.table[run_id] = Run(run_id, jobs, rows, instance, worker, slot, expected_s, now_s)
         worker.runs.append(run_id)
         if len(worker.runs) <= worker.concurrency:
-            self._limit(run, now_s)
-        if 0.0 < instance.mean_run_s < SPIN_RUN_MAX_S:
+            self._begins(run, now_s)
+        if 0.0 < expected_s < SPIN_RUN_MAX_S:
             self.spin_until_s = now_s + SPIN_S
         self._emit(StartRun(worker.id, run_id, instance.id, slot, jobs, rows, deadline_s))
 
-    def _limit(self, run: Run, now_s: float) -> None:
-        """A run's limit begins when the worker may run it: it is not blamed for those before it."""
+    def _begins(self, run: Run, now_s: float) -> None:
+        """The worker may run it from now on; its limit begins: it is not blamed for those before it."""
+        run.began_s = now_s
         run.stop_at_s = now_s + (run.instance.settings.timeout_s or RUN_LIMIT_S)
         if run.stop_at_s < self._check_s:
             self._check_s = run.stop_at_s
@@ -167,7 +313,7 @@ class Runs:
         if len(worker.runs) >= worker.concurrency:
             first = self.table[worker.runs[worker.concurrency - 1]]
             if first.stop_at_s == first.kill_at_s == math.inf:
-                self._limit(first, now_s)
+                self._begins(first, now_s)
         if not self.table:
             self.spin_until_s = 0.0
         for job in run.jobs:
@@ -186,9 +332,8 @@ class Runs:
             return
         self._end(run, now_s)
         instance = run.instance
-        compute_s = event.compute_ns / 1e9
-        mean = instance.mean_run_s
-        instance.mean_run_s = compute_s if mean == 0.0 else mean + 0.1 * (compute_s - mean)
+        instance.times.observe(run.rows, event.compute_ns / 1e9, now_s - run.began_s)
+        instance.stats.executed(run.rows, event.compute_ns)
         if len(run.jobs) == 1:
             if run.jobs[0].state is not JobState.ANSWERED:
                 self._succeed(run, run.jobs[0], event.outputs, event.compute_ns, now_s)
@@ -217,14 +362,19 @@ class Runs:
     def _apart(self, run: Run) -> None:
         """The jobs of a batch go back into the queue, to run by themselves."""
         for job in run.jobs:
+            job.shape_key = None
+        self._requeue(run)
+
+    def _requeue(self, run: Run) -> None:
+        for job in run.jobs:
             if job.state is not JobState.ANSWERED:
-                job.alone = True
-                self._scheduler.requeue(job)
+                self._scheduler.enqueue(job)
 
     def _succeed(self, run: Run, job: Job, outputs: list[Any], compute_ns: int, now_s: float) -> None:
         instance = run.instance
         queue_s = max(0.0, job.started_s - job.arrived_s)
         instance.stats.success(
+            rows=job.rows,
             queue_ns=int(queue_s * 1e9),
             compute_ns=compute_ns,
             total_ns=int((now_s - job.arrived_s) * 1e9),
@@ -285,9 +435,7 @@ class Runs:
             self._end(run, now_s)
             again = run.instance.state is InstanceState.READY
             if again and position >= worker.concurrency:
-                for job in run.jobs:
-                    if job.state is not JobState.ANSWERED:
-                        self._scheduler.requeue(job)
+                self._requeue(run)
             elif again and len(run.jobs) > 1:
                 self._apart(run)
             else:
@@ -303,10 +451,15 @@ class Runs:
         self.refusals.note(error)
         self._emit(Reply(route, socket, {"id": request_id, "error": error.to_wire()}))
 
-    def answer(self, job: Job, instance: Instance | None, error: EdgedError, now_s: float) -> None:
-        """Answers a job with an error, wherever it is; its run stops when nobody wants it any more."""
+    def answer(
+        self, job: Job, instance: Instance | None, error: EdgedError, now_s: float, *, kind: str = "fail"
+    ) -> None:
+        """Answers a job with an error, wherever it is; its run stops when nobody wants it any more.
+
+        `kind` is that of the statistics.
+        """
         if instance is not None:
-            kind = "cancel" if isinstance(error, Cancelled) else "fail"
+            kind = "cancel" if isinstance(error, Cancelled) else kind
             instance.stats.failure(kind, int((now_s - job.arrived_s) * 1e9))
         run = self.table.get(job.run_id) if job.state is JobState.RUNNING else None
         self.refuse(job.route, "infer", job.request_id, error)
@@ -314,10 +467,10 @@ class Runs:
         if run is not None and not run.wanted:
             self._emit(CancelRun(run.worker.id, run.id))
 
-    def withdraw(self, job: Job, error: EdgedError, now_s: float) -> None:
-        """Answers a job whose client, or whose deadline, wants it no more."""
+    def withdraw(self, job: Job, error: EdgedError, now_s: float, *, kind: str = "fail") -> None:
+        """Answers a job that nobody wants any more, or in vain; it may be the last of its instance's."""
         instance = self._registry.instances.get(job.instance)
-        self.answer(job, instance, error, now_s)
+        self.answer(job, instance, error, now_s, kind=kind)
         if instance is not None and instance.state is InstanceState.DRAINING:
             self._drained(instance, now_s)
 
@@ -365,6 +518,10 @@ class Runs:
                 reason="DEADLINE_PASSED",
             )
             self.withdraw(job, error, now_s)
+        for worker_id in [w for w, until_s in self._held_until_s.items() if until_s <= now_s]:
+            del self._held_until_s[worker_id]
+            if worker_id in self._workers.table:
+                self.dispatch(self._workers.table[worker_id], now_s)
         return now_s >= self._check_s and self._check_limits(now_s)
 
     def _check_limits(self, now_s: float) -> bool:
@@ -393,6 +550,11 @@ class Runs:
                     reason="RUN_TIMEOUT",
                 )
                 self.answer(job, run.instance, error, now_s)
+
+
+def _ms(seconds: float) -> int:
+    """For `retry_after_ms`: at least one."""
+    return max(1, math.ceil(seconds * 1000))
 
 
 def _crashed(instance: Instance, why: str) -> Unavailable:

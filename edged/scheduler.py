@@ -1,8 +1,35 @@
-"""Which request runs next: the queues, their bounds, their deadlines.
+"""Which request runs next: the queues, their order, their bounds, their deadlines.
 
-Pure: takes the time, gives jobs. One queue for each serving instance, ordered by priority, then by the
-earliest deadline, then by arrival. Every job is in the table of jobs in flight from its admission until it is
+Pure: takes the time, gives jobs. Every job is in the table of jobs in flight from its admission until it is
 answered, whatever happens to it in between; that table is what makes "exactly one reply" checkable.
+
+**Order.** Each serving instance has a queue; a queue has a level for each priority that is used; a level has
+its clients; a client (the kernel's word: uid and pid) has its waiting jobs.
+
+1. The best level goes first. But a level that waits is passed over for at most `AGE_S`, or for `AGE_PASSES`
+   runs if those take longer; then one run of it goes first. So nothing starves, and a stream of priority 1
+   loses at most one run in each second, and one in `AGE_PASSES`, to each level below it.
+2. Within a level the client goes first that has been served least, in rows: each has a count that grows with
+   what it is given, and who comes anew starts at the level's own clock, which is the count of whoever was
+   served last (start-time fair queueing: Goyal, Vin, Cheng, SIGCOMM '96). So whoever floods waits behind
+   itself. Equal counts: the earlier deadline, then who came first.
+3. Within a client the earliest deadline goes first, then who came first.
+
+Where instances share a worker, the best level of all goes first, and of equal ones the instance that had its
+turn longest ago.
+
+**Batches.** `mates` finds, in the same order, who may share the run of the job that goes first: the same
+shapes, no deadline missed by the run's growing longer, and worse levels only where they cost the better ones
+next to nothing (`RIDE_ALONG`).
+
+**Bounds.** A queue has a number of places. When all are taken, a job of a better level takes the place of one
+of the worst level; within a level, a client takes the place of the last job of the client that has the most,
+if that one has more than it would have itself. Bytes are bounded over all queues: a client that has some may
+have as much as is still free (Choudhury and Hahne's dynamic threshold, INFOCOM '96), so one that floods gets
+half, two get a third each, and there is always as much left for the next.
+
+**Cost.** Everything is a heap or a table; a step looks at a bounded number of entries, and what is answered
+early stays in its heap until it comes up, or until such entries outnumber the others.
 """
 
 from __future__ import annotations
@@ -10,15 +37,42 @@ from __future__ import annotations
 import enum
 import heapq
 import math
+from collections import deque
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import msgspec
 
 from edged.errors import AlreadyExists, ResourceExhausted
+from edged.estimate import RunTimes
 from edged.messages import Peer, RegionPart, RequestId, Route, TensorData
 
 __all__ = ["Job", "JobState", "Scheduler"]
+
+AGE_S = 1.0
+"""A level that waits is passed over no longer than this: what a person takes for `it hangs`, and rare enough
+to cost a stream of 100 runs/s one in a hundred."""
+
+AGE_PASSES = 10
+"""Where runs take long, a level is passed over at least so often: ageing must not turn the order around."""
+
+RIDE_ALONG = 1.1
+"""Rows of a worse level may make a run of better ones this much longer: a tenth is within what runs vary."""
+
+MISSES_MAX = 16
+"""Clients whose next job does not fit that are passed over while a batch is put together."""
+
+CLIENTS_LOOKED_AT = 64
+"""Clients of a level whose share is reckoned one by one when asked what is ahead; beyond, all as one."""
+
+SLACK = 64
+"""Entries of answered jobs that a heap may hold before they are thrown out."""
+
+Client = tuple[int, int]
+"""Whom a job counts for: uid and pid of the peer."""
+
+ShapeKey = tuple[Any, ...]
+"""Jobs of one instance with the same key may share a run."""
 
 
 class JobState(enum.Enum):
@@ -53,8 +107,217 @@ class Job(msgspec.Struct, eq=False):
     """The leased memory that it uses, as input or output."""
     rows: int = 1
     """The first dimension of its inputs where the model takes batches, else 1."""
-    alone: bool = False
-    """It was in a batch that failed: it must not share a run again."""
+    shape_key: ShapeKey | None = None
+    """With whom it may share a run; None: with nobody."""
+    client: Client = (0, 0)
+    charged: bool = False
+    """Its client's count has grown for it: that happens once, however often it must be run."""
+
+
+class _Waiting:
+    """One client's waiting jobs in one level."""
+
+    __slots__ = ("entry", "heap", "jobs", "recent", "rows", "served", "timed_rows")
+
+    def __init__(self, served: float) -> None:
+        self.served = served
+        self.jobs = self.rows = self.timed_rows = 0
+        self.heap: list[tuple[float, int, Job]] = []
+        self.recent: deque[Job] = deque()
+        """In the order of arrival, so that the last can be found."""
+        self.entry: tuple[float, float, int, _Waiting] | None = None
+        """The entry of the level's heap that stands for it; others are out of date."""
+
+    def head(self) -> Job | None:
+        """Its next job."""
+        heap = self.heap
+        while heap and heap[0][2].state is not JobState.QUEUED:
+            heapq.heappop(heap)
+        return heap[0][2] if heap else None
+
+    def last(self) -> Job:
+        """The job that came last."""
+        while self.recent[-1].state is not JobState.QUEUED:
+            self.recent.pop()
+        return self.recent[-1]
+
+    def add(self, job: Job) -> None:
+        if len(self.heap) > 2 * self.jobs + SLACK:
+            self.heap = [row for row in self.heap if row[2].state is JobState.QUEUED]
+            heapq.heapify(self.heap)
+        if len(self.recent) > 2 * self.jobs + SLACK:
+            self.recent = deque(each for each in self.recent if each.state is JobState.QUEUED)
+        heapq.heappush(self.heap, (job.deadline_s, job.seq, job))
+        if job.charged:
+            self.recent.appendleft(job)  # it had its turn, and is not the last that came
+        else:
+            self.recent.append(job)
+        self.count(job, 1)
+
+    def count(self, job: Job, sign: int) -> None:
+        self.jobs += sign
+        self.rows += sign * job.rows
+        if job.deadline_s != math.inf:
+            self.timed_rows += sign * job.rows
+
+
+class _Level:
+    """The clients of one priority."""
+
+    __slots__ = ("clients", "clock", "heap", "jobs", "passed_since_s", "passes", "priority", "rows")
+
+    def __init__(self, priority: int) -> None:
+        self.priority = priority
+        self.clients: dict[Client, _Waiting] = {}
+        self.heap: list[tuple[float, float, int, _Waiting]] = []
+        self.clock = 0.0
+        self.jobs = self.rows = 0
+        self.passes = 0
+        self.passed_since_s = 0.0
+
+    def add(self, job: Job) -> None:
+        client = self.clients.get(job.client)
+        if client is None:
+            if len(self.clients) > 2 * self.jobs + SLACK:
+                self._forget_idle()
+            client = self.clients[job.client] = _Waiting(self.clock)
+        elif not client.jobs:
+            client.served = max(client.served, self.clock)
+        if not self.jobs:
+            self.passes, self.passed_since_s = 0, job.arrived_s
+        client.add(job)
+        self.count(job, 1)
+        if client.jobs == 1 or client.heap[0][2] is job:
+            self.enter(client)
+
+    def _forget_idle(self) -> None:
+        """Of those with nothing waiting only who is ahead of the clock is remembered, while that is few."""
+        kept = {k: c for k, c in self.clients.items() if c.jobs or c.served > self.clock}
+        if len(kept) > 2 * self.jobs + SLACK:
+            kept = {k: c for k, c in self.clients.items() if c.jobs}
+        self.clients = kept
+
+    def count(self, job: Job, sign: int) -> None:
+        self.jobs += sign
+        self.rows += sign * job.rows
+
+    def enter(self, client: _Waiting) -> None:
+        """Puts a client with waiting jobs into its place."""
+        head = client.head()
+        if head is None:
+            client.entry = None
+            return
+        if len(self.heap) > 2 * self.jobs + SLACK:
+            self.heap = [row for row in self.heap if row[3].entry is row and row[3].jobs]
+            heapq.heapify(self.heap)
+        client.entry = (client.served, head.deadline_s, head.seq, client)
+        heapq.heappush(self.heap, client.entry)
+
+    def head(self) -> _Waiting | None:
+        """The client that goes first."""
+        heap = self.heap
+        while heap:
+            row = heap[0]
+            client = row[3]
+            if client.entry is row:
+                head = client.head()
+                if head is not None and head.seq == row[2]:
+                    return client
+                heapq.heappop(heap)
+                self.enter(client)
+            else:
+                heapq.heappop(heap)
+        return None
+
+    def serve(self, client: _Waiting, job: Job) -> None:
+        """The client's next job, which is `job`, goes to run."""
+        heapq.heappop(client.heap)
+        if self.heap[0] is client.entry:
+            heapq.heappop(self.heap)
+        client.count(job, -1)
+        self.count(job, -1)
+        if not job.charged:
+            job.charged = True
+            self.clock = max(self.clock, client.served)
+            client.served += job.rows
+        self.enter(client)
+
+    def ahead(self, job: Job) -> int:
+        """Rows that go before a job that is yet to come, if nobody else comes."""
+        mine = self.clients.get(job.client)
+        own = 0
+        if mine is not None and mine.jobs:
+            head = mine.head()
+            if head is not None and head.deadline_s <= job.deadline_s:
+                own = mine.rows if job.deadline_s == math.inf else mine.timed_rows
+        share = own + job.rows
+        rows, looked_at = own, 0
+        for client in self.clients.values():
+            if client is not mine and client.jobs:
+                looked_at += 1
+                if looked_at > CLIENTS_LOOKED_AT:
+                    return self.rows
+                rows += min(client.rows, share)
+        return rows
+
+    def largest(self) -> _Waiting:
+        """The client with the most waiting jobs."""
+        return max(self.clients.values(), key=lambda c: c.jobs)
+
+    def aged(self, now_s: float) -> bool:
+        """Whether it has been passed over for too long."""
+        return self.passes >= AGE_PASSES and now_s - self.passed_since_s > AGE_S
+
+
+class _Queue:
+    """What waits for one instance."""
+
+    __slots__ = ("jobs", "levels", "rows", "since_s", "turn")
+
+    def __init__(self) -> None:
+        self.levels: list[_Level] = []
+        """Those that were ever used, the best first."""
+        self.jobs = self.rows = 0
+        self.turn = 0
+        """When it was last served, in turns of all queues."""
+        self.since_s = 0.0
+        """When it last was empty."""
+
+    def level(self, priority: int) -> _Level:
+        for level in self.levels:
+            if level.priority == priority:
+                return level
+        self.levels.append(_Level(priority))
+        self.levels.sort(key=lambda each: each.priority)
+        return self.level(priority)
+
+    def add(self, job: Job) -> None:
+        if not self.jobs:
+            self.since_s = job.arrived_s
+        self.level(job.priority).add(job)
+        self.jobs += 1
+        self.rows += job.rows
+
+    def remove(self, job: Job) -> None:
+        """A waiting job is answered; its entry in the heap is passed over when it comes up."""
+        level = self.level(job.priority)
+        level.count(job, -1)
+        level.clients[job.client].count(job, -1)
+        self.jobs -= 1
+        self.rows -= job.rows
+
+    def first(self, now_s: float) -> tuple[int, _Level] | None:
+        """The level that goes first, with its rank among other queues' levels: 0 for one that has aged."""
+        best: _Level | None = None
+        old: _Level | None = None
+        for level in self.levels:
+            if level.jobs:
+                best = best or level
+                if level.aged(now_s) and (old is None or level.passed_since_s < old.passed_since_s):
+                    old = level
+        if best is None:
+            return None
+        return (best.priority, best) if old is None else (0, old)
 
 
 class Scheduler:
@@ -67,24 +330,23 @@ class Scheduler:
         self.queue_bytes = queue_bytes
         self.inflight_per_client = inflight_per_client
         self.clients_max = clients
-        self._queues: dict[int, list[tuple[int, float, int, Job]]] = {}
-        self._lengths: dict[int, int] = {}
+        self._queues: dict[int, _Queue] = {}
         self._deadlines: list[tuple[float, int, Job]] = []
         self._by_id: dict[tuple[bytes, RequestId], Job] = {}
-        self._per_client: dict[bytes, int] = {}
+        self._per_connection: dict[bytes, int] = {}
+        self._bytes_of: dict[Client, int] = {}
         self._bytes = 0
         self._seq = 0
+        self._turns = 0
         self.in_flight = 0
         """Jobs admitted and not yet answered."""
 
     @property
     def clients(self) -> int:
         """Connections with a job in flight."""
-        return len(self._per_client)
+        return len(self._per_connection)
 
-    def queued(self, instance: int) -> int:
-        """Jobs waiting for this instance."""
-        return self._lengths.get(instance, 0)
+    # ------------------------------------------------------------------ coming in
 
     def check_room(self, route: Route, request_id: RequestId) -> None:
         """Raises AlreadyExists or ResourceExhausted when this client cannot have one more in flight."""
@@ -94,8 +356,8 @@ class Scheduler:
                 "give each request its own id",
                 reason="DUPLICATE_ID",
             )
-        mine = self._per_client.get(route[0], 0)
-        if not mine and len(self._per_client) >= self.clients_max:
+        mine = self._per_connection.get(route[0], 0)
+        if not mine and len(self._per_connection) >= self.clients_max:
             raise ResourceExhausted(
                 f"{self.clients_max} connections have requests in flight, the limit; ask again later",
                 reason="TOO_MANY_CLIENTS",
@@ -109,93 +371,212 @@ class Scheduler:
                 retry_after_ms=10,
             )
 
-    def admit(self, job: Job, *, queue_length: int | None, mean_run_s: float) -> None:
-        """Puts the job into its instance's queue. Raises ResourceExhausted when a bound is reached."""
-        bound = queue_length or self.queue_length
-        length = self._lengths.get(job.instance, 0)
-        if length >= bound:
-            raise ResourceExhausted(
-                f"{length} requests wait for this model, which is the limit; ask again later",
-                reason="QUEUE_FULL",
-                retry_after_ms=max(1, math.ceil(mean_run_s * length * 1000)),
-            )
-        if self._bytes + job.nbytes > self.queue_bytes:
-            raise ResourceExhausted(
-                f"{self._bytes} bytes of tensors wait, {job.nbytes} more would pass {self.queue_bytes}",
-                reason="QUEUE_BYTES_FULL",
-                retry_after_ms=max(1, math.ceil(mean_run_s * (length + 1) * 1000)),
-            )
+    def make_room(self, job: Job, *, queue_length: int | None) -> Job | None:
+        """Whether there is a place for a job: the waiting one that must be answered first, if any.
+
+        Raises ResourceExhausted when a bound is reached and nobody has to give way.
+        """
+        if job.nbytes:
+            mine = self._bytes_of.get(job.client, 0)
+            free = self.queue_bytes - self._bytes
+            if job.nbytes > free or (mine and mine + job.nbytes > free):
+                raise ResourceExhausted(
+                    f"{self._bytes} bytes of tensors are in flight, {mine} of them this client's; "
+                    f"{job.nbytes} more would take others' part of {self.queue_bytes} (`queue_bytes`)",
+                    reason="QUEUE_BYTES_FULL",
+                )
+        queue = self._queues.get(job.instance)
+        if queue is None or queue.jobs < (queue_length or self.queue_length):
+            return None
+        worst = next(level for level in reversed(queue.levels) if level.jobs)
+        if worst.priority > job.priority:
+            return worst.largest().last()
+        if worst.priority == job.priority:
+            mine_waiting = worst.clients.get(job.client)
+            largest = worst.largest()
+            if largest.jobs > (0 if mine_waiting is None else mine_waiting.jobs) + 1:
+                return largest.last()
+        raise ResourceExhausted(
+            f"{queue.jobs} requests wait for this model, which is the limit; ask again later",
+            reason="QUEUE_FULL",
+        )
+
+    def admit(self, job: Job) -> None:
+        """Takes a job into the table of those in flight; it is to run at once or to be queued."""
         self._seq += 1
         job.seq = self._seq
-        self._bytes += job.nbytes
         self.in_flight += 1
+        connection = job.route[0]
         if job.request_id is not None:
-            self._by_id[job.route[0], job.request_id] = job
-        self._per_client[job.route[0]] = self._per_client.get(job.route[0], 0) + 1
+            self._by_id[connection, job.request_id] = job
+        self._per_connection[connection] = self._per_connection.get(connection, 0) + 1
+        if job.nbytes:
+            self._bytes += job.nbytes
+            self._bytes_of[job.client] = self._bytes_of.get(job.client, 0) + job.nbytes
         if job.deadline_s != math.inf:
-            if len(self._deadlines) > 2 * self.in_flight + 64:
+            if len(self._deadlines) > 2 * self.in_flight + SLACK:
                 self._forget_answered()
             heapq.heappush(self._deadlines, (job.deadline_s, job.seq, job))
-        self._push(job)
-
-    def _push(self, job: Job) -> None:
-        queue = self._queues.setdefault(job.instance, [])
-        length = self._lengths.get(job.instance, 0)
-        if len(queue) > 2 * length + 64:
-            # Answered jobs stay in the heap until they come up; asking and cancelling must not fill it.
-            queue[:] = [row for row in queue if row[3].state is JobState.QUEUED and row[3] is not job]
-            heapq.heapify(queue)
-        heapq.heappush(queue, (job.priority, job.deadline_s, job.seq, job))
-        self._lengths[job.instance] = length + 1
 
     def _forget_answered(self) -> None:
         """Answered jobs stay in the heap until their time comes; with long timeouts that would be many."""
         self._deadlines = [row for row in self._deadlines if row[2].state is not JobState.ANSWERED]
         heapq.heapify(self._deadlines)
 
-    def requeue(self, job: Job) -> None:
-        """Puts a job that was handed out, and did not run, back to its place."""
+    def enqueue(self, job: Job) -> None:
+        """Puts an admitted job, or one that was handed out and must run again, into its place."""
         job.state = JobState.QUEUED
-        self._push(job)
+        job.run_id = 0
+        queue = self._queues.get(job.instance)
+        if queue is None:
+            queue = self._queues[job.instance] = _Queue()
+        queue.add(job)
 
-    def next(self, instances: Sequence[int]) -> Job | None:
-        """Takes the best job that waits for any of these instances, now RUNNING."""
-        best: tuple[int, float, int, Job] | None = None
+    # ------------------------------------------------------------------ going out
+
+    def best(self, instances: Sequence[int], now_s: float) -> Job | None:
+        """The job that is to run next of all that wait for these instances; it stays where it is."""
+        found: tuple[int, int] | None = None
+        first: _Level | None = None
         for instance in instances:
-            heap = self._queues.get(instance)
-            while heap and heap[0][3].state is not JobState.QUEUED:
-                heapq.heappop(heap)
-            if heap and (best is None or heap[0] < best):
-                best = heap[0]
-        if best is None:
-            return None
-        job = best[3]
-        heapq.heappop(self._queues[job.instance])
-        self._lengths[job.instance] -= 1
+            queue = self._queues.get(instance)
+            if queue is None or not queue.jobs:
+                continue
+            candidate = queue.first(now_s)
+            if candidate is not None:
+                rank = candidate[0], queue.turn
+                if found is None or rank < found:
+                    found, first = rank, candidate[1]
+        client = None if first is None else first.head()
+        return None if client is None else client.head()
+
+    def take(self, job: Job, instances: Sequence[int], now_s: float) -> None:
+        """The job that `best` gave goes to run, and so the others of these instances are passed over."""
+        queue = self._queues[job.instance]
+        self._turns += 1
+        queue.turn = self._turns
+        for instance in instances:
+            other = self._queues.get(instance)
+            if other is not None and other.jobs:
+                for level in other.levels:
+                    level.passes += 1
+        level = queue.level(job.priority)
+        level.passes, level.passed_since_s = 0, now_s
+        self._serve(queue, level, job)
+
+    def _serve(self, queue: _Queue, level: _Level, job: Job) -> None:
+        level.serve(level.clients[job.client], job)
+        queue.jobs -= 1
+        queue.rows -= job.rows
         job.state = JobState.RUNNING
-        return job
+
+    def mates(self, first: Job, *, rows_max: int, times: RunTimes, now_s: float) -> list[Job]:
+        """Takes the waiting jobs that are to share the run of `first`, in their order."""
+        queue = self._queues.get(first.instance)
+        found: list[Job] = []
+        if queue is None or not queue.jobs or first.shape_key is None:
+            return found
+        rows, due_s, best, misses = first.rows, first.deadline_s, first.priority, 0
+        for level in queue.levels:
+            if not level.jobs:
+                continue
+            longest_s = math.inf if level.priority <= best else RIDE_ALONG * times.expect_s(rows)
+            passed: list[_Waiting] = []
+            while rows < rows_max and misses < MISSES_MAX and (client := level.head()) is not None:
+                job = client.head()
+                assert job is not None
+                total, job_due_s = rows + job.rows, min(due_s, job.deadline_s)
+                if (
+                    job.shape_key == first.shape_key
+                    and total <= rows_max
+                    and (job_due_s == math.inf or now_s + times.turn_s(total) <= job_due_s)
+                    and (longest_s == math.inf or times.expect_s(total) <= longest_s)
+                ):
+                    self._serve(queue, level, job)
+                    level.passes, level.passed_since_s = 0, now_s
+                    found.append(job)
+                    rows, due_s, best = total, job_due_s, min(best, level.priority)
+                else:
+                    misses += 1
+                    heapq.heappop(level.heap)
+                    passed.append(client)
+            for client in passed:
+                level.enter(client)
+        return found
+
+    # ------------------------------------------------------------------ asking
+
+    def queued(self, instance: int) -> int:
+        """Jobs waiting for this instance."""
+        queue = self._queues.get(instance)
+        return 0 if queue is None else queue.jobs
+
+    def queued_rows(self, instance: int) -> int:
+        """Their rows."""
+        queue = self._queues.get(instance)
+        return 0 if queue is None else queue.rows
+
+    def queued_since_s(self, instance: int) -> float:
+        """Since when there is something in this instance's queue."""
+        return self._queues[instance].since_s
+
+    def rows_ahead(self, job: Job) -> int:
+        """Rows that would go before a job that is not admitted yet, if nobody else came.
+
+        Of its own client's jobs without a deadline none, of those with one all but where it is the earliest;
+        of each other client's in its level as many as its own, itself included.
+        """
+        queue = self._queues.get(job.instance)
+        if queue is None or not queue.jobs:
+            return 0
+        rows = 0
+        for level in queue.levels:
+            if level.jobs and level.priority <= job.priority:
+                rows += level.ahead(job) if level.priority == job.priority else level.rows
+        return rows
 
     def find(self, route: Route, request_id: RequestId) -> Job | None:
         """The job in flight with this id on this connection."""
         return self._by_id.get((route[0], request_id))
+
+    def waiting(self, instance: int) -> list[Job]:
+        """All jobs waiting for this instance, in no order."""
+        queue = self._queues.get(instance)
+        if queue is None:
+            return []
+        rows = [row for level in queue.levels for client in level.clients.values() for row in client.heap]
+        return [row[2] for row in rows if row[2].state is JobState.QUEUED]
+
+    def snapshot(self) -> dict[str, Any]:
+        """For `server_status`."""
+        return {"in_flight": self.in_flight, "clients": self.clients, "queued_bytes": self._bytes}
+
+    # ------------------------------------------------------------------ ends
 
     def answered(self, job: Job) -> None:
         """Takes the job out of every table; its reply is on its way."""
         if job.state is JobState.ANSWERED:
             raise AssertionError("a request is answered once")
         if job.state is JobState.QUEUED:
-            self._lengths[job.instance] -= 1
+            self._queues[job.instance].remove(job)
         job.state = JobState.ANSWERED
-        self._bytes -= job.nbytes
         self.in_flight -= 1
         job.inputs = []
+        connection = job.route[0]
         if job.request_id is not None:
-            self._by_id.pop((job.route[0], job.request_id), None)
-        left = self._per_client[job.route[0]] - 1
+            self._by_id.pop((connection, job.request_id), None)
+        left = self._per_connection[connection] - 1
         if left:
-            self._per_client[job.route[0]] = left
+            self._per_connection[connection] = left
         else:
-            del self._per_client[job.route[0]]
+            del self._per_connection[connection]
+        if job.nbytes:
+            self._bytes -= job.nbytes
+            left = self._bytes_of[job.client] - job.nbytes
+            if left:
+                self._bytes_of[job.client] = left
+            else:
+                del self._bytes_of[job.client]
 
     def expired(self, now_s: float) -> Iterator[Job]:
         """Jobs whose deadline has passed and which are not answered; the caller answers each."""
@@ -212,16 +593,8 @@ class Scheduler:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
 
-    def waiting(self, instance: int) -> list[Job]:
-        """All jobs waiting for this instance, in no order."""
-        return [entry[3] for entry in self._queues.get(instance, ()) if entry[3].state is JobState.QUEUED]
-
     def drop_queue(self, instance: int) -> None:
         """Forgets the queue of an instance that is gone; its jobs have been answered."""
-        if self._lengths.pop(instance, 0):
+        queue = self._queues.pop(instance, None)
+        if queue is not None and queue.jobs:
             raise AssertionError("a queue with jobs in it was dropped")
-        self._queues.pop(instance, None)
-
-    def snapshot(self) -> dict[str, Any]:
-        """For `server_status`."""
-        return {"in_flight": self.in_flight, "clients": self.clients, "queued_bytes": self._bytes}

@@ -13,6 +13,9 @@ from edged.errors import EdgedError
 
 __all__ = ["Histogram", "ModelStatistics", "Refusals"]
 
+BATCH_SIZES_MAX = 64
+"""Batch sizes that are counted one by one; those that come after are counted as the next power of two."""
+
 _SUB = 8
 _REFUSALS_MAX = 200
 """Kinds of refusals that are told apart. Ours are about 70; a runtime's reasons may come on top."""
@@ -61,21 +64,34 @@ class Histogram:
 class ModelStatistics:
     """What one model version has done since it began to serve."""
 
-    __slots__ = ("execution_count", "histogram", "inference_count", "last_inference_ms", "sums")
+    __slots__ = ("batches", "execution_count", "histogram", "inference_count", "last_inference_ms", "sums")
 
     def __init__(self) -> None:
         self.inference_count = 0
         self.execution_count = 0
         self.last_inference_ms = 0
         self.histogram = Histogram()
+        self.batches: dict[int, list[int]] = {}
+        """Runs and their nanoseconds by the rows in them."""
         self.sums: dict[str, list[int]] = {
             kind: [0, 0] for kind in ("success", "fail", "queue", "compute_infer", "cancel", "reject")
         }
 
-    def success(self, *, queue_ns: int, compute_ns: int, total_ns: int, epoch_ms: int) -> None:
-        """Counts one inference that was answered with outputs."""
-        self.inference_count += 1
+    def executed(self, rows: int, compute_ns: int) -> None:
+        """Counts one run that ended well."""
         self.execution_count += 1
+        pair = self.batches.get(rows) or self._batch(rows)
+        pair[0] += 1
+        pair[1] += compute_ns
+
+    def _batch(self, rows: int) -> list[int]:
+        if rows not in self.batches and len(self.batches) >= BATCH_SIZES_MAX:
+            rows = 1 << (rows - 1).bit_length()
+        return self.batches.setdefault(rows, [0, 0])
+
+    def success(self, *, rows: int, queue_ns: int, compute_ns: int, total_ns: int, epoch_ms: int) -> None:
+        """Counts one request that was answered with outputs."""
+        self.inference_count += rows
         self.last_inference_ms = epoch_ms
         sums = self.sums
         for kind, ns in (("success", total_ns), ("queue", queue_ns), ("compute_infer", compute_ns)):
@@ -96,6 +112,10 @@ class ModelStatistics:
         self.execution_count += other.execution_count
         self.last_inference_ms = max(self.last_inference_ms, other.last_inference_ms)
         self.histogram.merge(other.histogram)
+        for rows, (count, ns) in other.batches.items():
+            pair = self._batch(rows)
+            pair[0] += count
+            pair[1] += ns
         for kind, (count, ns) in other.sums.items():
             pair = self.sums[kind]
             pair[0] += count
@@ -115,6 +135,10 @@ class ModelStatistics:
             "last_inference": self.last_inference_ms,
             "inference_count": self.inference_count,
             "execution_count": self.execution_count,
+            "batch_stats": [
+                {"batch_size": rows, "compute_infer": {"count": n, "ns": ns}}
+                for rows, (n, ns) in sorted(self.batches.items())
+            ],
             "inference_stats": {kind: {"count": n, "ns": ns} for kind, (n, ns) in self.sums.items()},
             "latency_us": {
                 "p50": quantile(0.5),

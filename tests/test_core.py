@@ -10,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edged.errors import InvalidArgument
+from edged.estimate import RunTimes
 from edged.events import (
     BadMessage,
     CancelRun,
@@ -28,15 +29,16 @@ from edged.events import (
     StartRun,
 )
 from edged.instances import SLOTS_AT_START, InstanceState
-from edged.messages import InputTensor, OutputRef, Request
+from edged.messages import InputTensor, OutputRef, Peer, Request
 from edged.runs import RUN_GRACE_S, RUN_LIMIT_S
 from tests.world import CPU, CUDA, MIB, OV_CPU, PEER, World, config, sample
 
 
-def ready_world(**kinds: Any) -> World:
-    """A world in which model `m` serves."""
-    world = World(**kinds)
-    world.put("m")
+def ready_world(*, batch_max: int = 1, instances: int = 1, **settings: Any) -> World:
+    """A world in which model `m` serves, under these settings."""
+    world = World()
+    world.batch_max, world.instances = batch_max, instances
+    world.put("m", **settings)
     world.settle()
     assert world.serving().state is InstanceState.READY
     return world
@@ -45,6 +47,7 @@ def ready_world(**kinds: Any) -> World:
 # ---- any sequence of events -----------------------------------------------------------------------------
 
 CLIENTS = st.sampled_from([b"\0a", b"\0b", b"\0d"])
+PEERS = {b"\0a": PEER, b"\0b": PEER, b"\0d": Peer(1000, 1000, 77)}
 MODELS = st.sampled_from(["m", "n", "g"])
 STEPS = st.one_of(
     st.tuples(st.just("infer"), MODELS, CLIENTS, st.sampled_from([0, 500_000, 5_000_000]), st.integers(0, 9)),
@@ -65,6 +68,10 @@ STEPS = st.one_of(
     st.tuples(st.just("load"), MODELS),
     st.tuples(st.just("unload"), MODELS),
     st.tuples(st.just("hold"), st.booleans()),
+    st.tuples(st.just("shape"), st.sampled_from([1, 4, 16]), st.sampled_from([1, 2, 3])),
+    st.tuples(st.just("bad_batches"), st.booleans()),
+    *[st.tuples(st.just("rows"), MODELS, CLIENTS, st.integers(1, 6), st.sampled_from([0, 3000, 900_000]))]
+    * 2,
     st.tuples(st.just("finish_loads")),
     st.tuples(st.just("sample"), st.sampled_from([8 << 30, 1 << 20])),
     st.tuples(st.just("devices")),
@@ -89,7 +96,13 @@ def act(world: World, step: tuple[Any, ...]) -> None:
     """One step of a day."""
     match step:
         case ("infer", model, client, timeout, priority):
-            world.infer(model, client=client, timeout=timeout, priority=priority)
+            world.infer(model, client=client, peer=PEERS[client], timeout=timeout, priority=priority)
+        case ("rows", model, client, rows, timeout):
+            world.infer(model, client=client, peer=PEERS[client], size=rows, timeout=timeout)
+        case ("shape", batch_max, instances):
+            world.batch_max, world.instances = batch_max, instances
+        case ("bad_batches", on):
+            world.bad_batches = on
         case ("burst", model):
             for _ in range(3):
                 world.infer(model)
@@ -125,7 +138,8 @@ def act(world: World, step: tuple[Any, ...]) -> None:
                 world.load_crashes += bool(worker.loading)
                 world.crash(worker)
         case ("put", model, content, swap):
-            world.put(model, content, swap=swap, device="cuda" if model == "g" else "auto")
+            device = "cuda" if model == "g" else "auto"
+            world.put(model, content, swap=swap, device=device, max_queue_delay_s=0.004 * int(content))
         case ("version", version, content):
             world.put("v", content, version)
         case ("remove", model):
@@ -165,10 +179,13 @@ def act(world: World, step: tuple[Any, ...]) -> None:
 
 
 @settings(max_examples=250, deadline=None, suppress_health_check=list(HealthCheck))
-@given(st.lists(STEPS, min_size=25, max_size=70))
-def test_any_day_ends_with_every_request_answered_once(day: list[tuple[Any, ...]]) -> None:
+@given(st.sampled_from([(1, 1), (4, 1), (4, 2), (1, 3)]), st.lists(STEPS, min_size=25, max_size=70))
+def test_any_day_ends_with_every_request_answered_once(
+    shape: tuple[int, int], day: list[tuple[Any, ...]]
+) -> None:
     """Whatever happens and in whatever order, stop finds each request with exactly one reply."""
     world = World(verdicts={CPU: "ok", OV_CPU: "ok", CUDA: "ok"})
+    world.batch_max, world.instances = shape
     world.load_faults = dict(FAULTS)
     world.put("m")
     world.put("g", device="cuda")
@@ -184,6 +201,7 @@ def test_any_day_ends_with_every_request_answered_once(day: list[tuple[Any, ...]
     assert {key: len(world.answers.get(key, ())) for key in world.asked} == dict(world.asked)
     scheduler = world.core.scheduler
     assert (scheduler.in_flight, scheduler.clients, scheduler._bytes) == (0, 0, 0)
+    assert not scheduler._bytes_of
     assert len(world.memory) == len(world.leased), "leased memory that nobody has was not reclaimed"
     world.hang_up()
     assert world.core.regions.snapshot() == {"regions": 0, "bytes": 0, "connections": 0}
@@ -435,6 +453,220 @@ def test_a_run_is_not_blamed_for_the_one_before_it() -> None:
     third = world.infer()
     world.pass_time(11.0)
     assert world.answer(third) == "RUN_TIMEOUT"
+
+
+def outcomes(world: World, keys: list[Any]) -> list[str]:
+    """Each request's answer: a reason, `ok`, or nothing yet."""
+    found = [world.answer(key) for key in keys]
+    return ["ok" if isinstance(each, SendResult) else each or "" for each in found]
+
+
+def filled(world: World, count: int, **fields: Any) -> list[Any]:
+    """So many requests that wait behind the two that the worker has; those two end first."""
+    for _ in range(SLOTS_AT_START):
+        world.infer(client=b"\0first")
+    return [world.infer(**fields) for _ in range(count)]
+
+
+def test_what_waits_shares_a_run() -> None:
+    """One packet for all that fits; each gets its rows of the outputs; rows and runs are counted apart."""
+    world = ready_world(batch_max=8)
+    keys = filled(world, 3, size=2)
+    world.finish_run(world.process())
+    world.settle()
+    run = world.process().runs[-1]
+    assert (len(run.jobs), run.rows) == (3, 6)
+    world.finish_runs()
+    offsets = []
+    for key in keys:
+        result = world.answer(key)
+        ((name, datatype, shape, offset, nbytes),) = result.outputs
+        assert (name, datatype, shape, nbytes) == ("y", "FP32", [2], 8)
+        assert result.parameters["batch_size"] == 6
+        offsets.append(offset)
+    assert offsets == [64, 72, 80]
+    (stats,) = world.request("model_statistics")["model_stats"]
+    assert (stats["inference_count"], stats["execution_count"]) == (2 * 2 + 6, 3)
+    assert [each["batch_size"] for each in stats["batch_stats"]] == [2, 6]
+
+
+def test_outputs_in_leased_memory_are_never_in_a_batch() -> None:
+    """They are written where the client said, by a run of their own; leased inputs may share one."""
+    world = ready_world(batch_max=8)
+    region = world.lease()
+    keys = filled(world, 2)
+    keys.append(world.infer(region=region, peer=Peer(1000, 1000, 77)))
+    keys.append(world.infer())
+    world.finish_run(world.process())
+    world.settle()
+    assert len(world.process().runs[-1].jobs) == 3
+    world.finish_runs()
+    assert outcomes(world, keys) == ["ok"] * 4
+
+
+def test_one_bad_row_fails_nobody_else() -> None:
+    """The jobs of a batch that failed run again by themselves; who fails then is told so."""
+    world = ready_world(batch_max=8)
+    keys = filled(world, 3)
+    for _ in range(SLOTS_AT_START):
+        world.finish_run(world.process())
+        world.settle()
+    assert [len(run.jobs) for run in world.process().runs] == [3]
+    world.finish_run(world.process(), fails=True)
+    world.settle()
+    assert [len(run.jobs) for run in world.process().runs] == [1, 1]
+    world.finish_run(world.process(), fails=True)
+    world.settle()
+    world.finish_runs()
+    assert outcomes(world, keys) == ["RUNTIME_ERROR", "ok", "ok"]
+
+
+def test_a_batch_that_cannot_be_taken_apart_is_run_one_by_one_from_then_on() -> None:
+    """The model is told to be no model for batches, once."""
+    world = ready_world(batch_max=8)
+    world.bad_batches = True
+    keys = filled(world, 3)
+    world.finish_runs()
+    assert outcomes(world, keys) == ["ok"] * 3
+    (line,) = world.logs("batch_refused")
+    assert "6 rows came with shape [7]" in line["DETAIL"]
+    again = filled(world, 3)
+    world.finish_runs()
+    assert outcomes(world, again) == ["ok"] * 3
+    assert len(world.logs("batch_refused")) == 1
+
+
+def test_a_crash_in_a_batch_blames_who_crashes_again() -> None:
+    """All of it run once more by themselves; the others are answered."""
+    world = ready_world(batch_max=8)
+    keys = filled(world, 3)
+    for _ in range(SLOTS_AT_START):
+        world.finish_run(world.process())
+        world.settle()
+    world.crash(world.process())
+    world.settle()
+    assert outcomes(world, keys) == [""] * 3
+    assert [len(run.jobs) for run in world.process().runs] == [1, 1]
+    world.finish_runs()
+    assert outcomes(world, keys) == ["ok"] * 3
+
+
+def test_a_batch_goes_on_for_as_long_as_somebody_wants_it() -> None:
+    """Cancelling one of it answers that one; the run is stopped with the last."""
+    world = ready_world(batch_max=8)
+    keys = filled(world, 3)
+    for _ in range(SLOTS_AT_START):
+        world.finish_run(world.process())
+        world.settle()
+    for index, (client, request_id) in enumerate(keys):
+        assert world.request("cancel", client=client, cancel_id=request_id)["cancelled"]
+        assert len([e for e in world.effects if isinstance(e, CancelRun)]) == (index == 2)
+    world.finish_runs()
+    assert outcomes(world, keys) == ["CANCELLED_BY_CLIENT"] * 3
+
+
+def test_several_runs_at_once_and_one_that_waits() -> None:
+    """As many as the worker says that it executes, and what waits is divided among those that are free."""
+    world = ready_world(instances=3, batch_max=8)
+    keys = [world.infer() for _ in range(4)]
+    assert len(world.process().runs) == 4
+    more = [world.infer() for _ in range(6)]
+    world.finish_run(world.process())
+    world.finish_run(world.process())
+    world.settle()
+    world.finish_runs()
+    assert outcomes(world, keys + more) == ["ok"] * 10
+
+
+def test_a_crash_among_several_runs_costs_those_that_may_have_run() -> None:
+    """The first as many as run at once; the one at the socket had not begun."""
+    world = ready_world(instances=2)
+    keys = [world.infer() for _ in range(4)]
+    world.crash(world.process())
+    world.settle()
+    world.finish_runs()
+    assert outcomes(world, keys) == ["WORKER_CRASHED", "WORKER_CRASHED", "ok", "ok"]
+
+
+def test_long_runs_are_handed_over_one_by_one() -> None:
+    """So that a request of priority 1 waits for the run that runs, and for no other."""
+    world = ready_world()
+    world.serving().times = RunTimes([[1, 50_000]])
+    keys = [world.infer() for _ in range(3)]
+    assert len(world.process().runs) == 1
+    urgent = world.infer(priority=1)
+    world.finish_run(world.process())
+    world.settle()
+    assert world.process().runs[0].jobs[0].request_id == urgent[1]
+    world.finish_runs()
+    assert outcomes(world, keys) == ["ok"] * 3
+
+
+def test_a_batch_may_be_waited_for_where_the_owner_says_so() -> None:
+    """No longer than that, no longer than a deadline allows, and not once it is full."""
+    world = ready_world(batch_max=8, max_queue_delay_s=0.1)
+    early = world.infer()
+    world.pass_time(0.05)
+    later = world.infer()
+    assert not world.process().runs
+    world.pass_time(0.051)
+    assert [len(run.jobs) for run in world.process().runs] == [2]
+    world.finish_runs()
+    urgent = world.infer(timeout=20_000)
+    world.pass_time(0.0195)
+    assert world.process().runs, "it runs before its deadline, and not after the delay"
+    world.finish_runs()
+    full = [world.infer() for _ in range(4)]
+    assert len(world.process().runs) == 1, "a full batch waits for nothing"
+    world.finish_runs()
+    assert outcomes(world, [early, later, urgent, *full]) == ["ok"] * 7
+
+
+def test_what_cannot_be_in_time_is_refused_at_once() -> None:
+    """By what is ahead of it; with when to ask again; and never while nothing is ahead."""
+    world = ready_world()
+    world.serving().times = RunTimes([[1, 50_000]])
+    tries = world.infer(timeout=10_000)
+    assert world.process().runs, "an idle model tries, whatever it thinks"
+    fits = world.infer(timeout=120_000)
+    late = world.infer(timeout=120_000)
+    assert outcomes(world, [tries, fits, late]) == ["", "", "CANNOT_MEET_DEADLINE"]
+    (error,) = [e.header["error"] for e in world.effects if isinstance(e, Reply) and "error" in e.header]
+    assert error["code"] == "DEADLINE_EXCEEDED"
+    assert 25 <= error["retry_after_ms"] <= 35
+    ahead = world.infer(timeout=120_000, priority=1)
+    assert outcomes(world, [ahead]) == [""], "what waits in a worse level is not ahead of it"
+
+
+def test_a_turn_that_comes_too_late_is_given_to_the_next() -> None:
+    """What can no longer be in time is answered instead of run, unless nobody waits for its place."""
+    world = ready_world()
+    world.serving().times = RunTimes([[1, 50_000]])
+    world.infer()
+    first = world.infer(timeout=120_000)
+    second = world.infer()
+    world.pass_time(0.11)
+    world.finish_run(world.process())
+    world.settle()
+    assert outcomes(world, [first]) == ["CANNOT_MEET_DEADLINE"]
+    assert len(world.process().runs) == 1
+    world.finish_runs()
+    assert outcomes(world, [second]) == ["ok"]
+
+
+def test_a_full_queue_gives_way_to_a_better_priority_and_to_another_client() -> None:
+    """Who loses its place is told so, with when to ask again."""
+    world = ready_world()
+    world.serving().times = RunTimes([[1, 50_000]])
+    keys = [world.infer() for _ in range(9)]
+    other = world.infer(client=b"\0o", peer=Peer(1, 1, 1))
+    high = world.infer(client=b"\0o", peer=Peer(1, 1, 1), priority=1)
+    assert outcomes(world, [other, high]) == ["", ""]
+    assert outcomes(world, keys) == [""] * 7 + ["QUEUE_FULL"] * 2
+    error = next(e.header["error"] for e in reversed(world.effects) if isinstance(e, Reply))
+    assert 300 <= error["retry_after_ms"] <= 500
+    world.finish_runs()
+    assert outcomes(world, [*keys[:7], other, high]) == ["ok"] * 9
 
 
 def test_a_failed_run_is_answered_with_its_reason() -> None:

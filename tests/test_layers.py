@@ -21,6 +21,7 @@ PURE += (
     "core",
     "runs",
     "admission",
+    "estimate",
     "status",
     "metrics",
     "resources",
@@ -36,7 +37,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors version families",
         "tensors messages units",
-        "wire config resources scheduler statistics regions happenings",
+        "wire config resources estimate statistics regions",
+        "scheduler happenings",
         "repository devices",
         "events",
         "instances",

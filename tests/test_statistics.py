@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edged.statistics import Histogram, ModelStatistics
+from edged.statistics import BATCH_SIZES_MAX, Histogram, ModelStatistics
 
 
 def test_nothing_counted_is_zero() -> None:
@@ -49,8 +49,10 @@ def test_quantiles_are_within_a_bucket_of_the_real_ones(values: list[int], q: fl
 def test_the_wire_form_is_that_of_the_extension() -> None:
     """Counts and nanoseconds by kind; refusals and cancellations are no failures."""
     stats = ModelStatistics()
-    stats.success(queue_ns=1000, compute_ns=2000, total_ns=10_000_000, epoch_ms=77)
-    stats.success(queue_ns=1000, compute_ns=2000, total_ns=10_000_000, epoch_ms=78)
+    stats.executed(1, 2000)
+    stats.success(rows=1, queue_ns=1000, compute_ns=2000, total_ns=10_000_000, epoch_ms=77)
+    stats.executed(1, 2000)
+    stats.success(rows=1, queue_ns=1000, compute_ns=2000, total_ns=10_000_000, epoch_ms=78)
     for kind in ("fail", "cancel", "reject"):
         stats.failure(kind, 5)
     assert stats.error_count == 1
@@ -63,3 +65,21 @@ def test_the_wire_form_is_that_of_the_extension() -> None:
     assert wire["inference_stats"]["reject"] == {"count": 1, "ns": 5}
     assert wire["latency_us"]["count"] == 2
     assert 8750 <= wire["latency_us"]["p50"] <= 10_000
+
+
+def test_rows_and_runs_are_counted_apart() -> None:
+    """Inferences are rows, executions are runs; sizes beyond a bound are counted as the next power of two."""
+    stats = ModelStatistics()
+    stats.executed(4, 700)
+    stats.success(rows=3, queue_ns=1, compute_ns=700, total_ns=800, epoch_ms=1)
+    stats.success(rows=1, queue_ns=1, compute_ns=700, total_ns=800, epoch_ms=1)
+    wire = stats.to_wire("m", "1")
+    assert (wire["inference_count"], wire["execution_count"]) == (4, 1)
+    assert wire["inference_stats"]["success"]["count"] == 2
+    assert wire["batch_stats"] == [{"batch_size": 4, "compute_infer": {"count": 1, "ns": 700}}]
+    for rows in range(1, 1000):
+        stats.executed(rows, 1)
+    sizes = [each["batch_size"] for each in stats.to_wire("m", "1")["batch_stats"]]
+    assert len(sizes) <= BATCH_SIZES_MAX + 10
+    assert sum(n for n, _ in stats.batches.values()) == 1000
+    assert {128, 256, 512, 1024} <= set(sizes)

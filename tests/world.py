@@ -64,6 +64,7 @@ from edged.instances import Instance, InstanceState, Machine
 from edged.messages import InputTensor, LaneRequest, OutputRef, Peer, Request, RequestId
 from edged.repository import Entry, FileStamp, Snapshot
 from edged.resources import Sample
+from edged.scheduler import JobState
 from edged.store import Staged as StoredCopy
 
 CPU = Candidate("onnxruntime", "CPU")
@@ -120,7 +121,13 @@ class SimWorker:
     alive: bool = True
     loaded: set[int] = field(default_factory=set)
     loading: dict[int, dict[str, Any]] = field(default_factory=dict)
+    concurrency: int = 1
     runs: deque[StartRun] = field(default_factory=deque)
+    """What it was given and has not ended; the first `concurrency` run, the others wait at its socket."""
+    batch_max: dict[int, int] = field(default_factory=dict)
+    """What it told of each instance."""
+    taken: set[int] = field(default_factory=set)
+    """Those that it has begun."""
     outbox: deque[Event] = field(default_factory=deque)
 
 
@@ -161,6 +168,12 @@ class World:
         """How often the daemon ended while it loaded them."""
         self.stage_faults: dict[str, tuple[str, bool]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
+        self.batch_max = 1
+        """What workers that load from now on tell of batches."""
+        self.instances = 1
+        """How many runs at once they tell that they execute, if no others share them."""
+        self.bad_batches = False
+        """Batches come back with outputs that have not a row for each of the inputs'."""
         self.load_crashes = 0
         self.hold_loads = False
         """Loads stay under way until `finish_loads`."""
@@ -311,6 +324,7 @@ class World:
         model: str = "m",
         *,
         client: bytes = b"\0c",
+        peer: Peer = PEER,
         version: str = "",
         id: RequestId = None,
         size: int = 2,
@@ -337,7 +351,7 @@ class World:
             outputs=[OutputRef("y", where)] if region else None,
             parameters=parameters or None,
         )
-        self.send(RequestArrived((client, b""), "infer", PEER, request))
+        self.send(RequestArrived((client, b""), "infer", peer, request))
         return key
 
     def lease(self, nbytes: int = 4096) -> str:
@@ -436,7 +450,12 @@ class World:
             worker.outbox.append(InstanceLoadFailed(worker.id, instance, "UNAVAILABLE", fault, text))
         else:
             worker.loaded.add(instance)
-            worker.outbox.append(InstanceLoaded(worker.id, instance, info_of(spec)))
+            alone = not self.core.workers.table[worker.id].shared
+            if alone and self.instances > worker.concurrency:
+                worker.concurrency, worker.slots = self.instances, self.instances + 1
+            worker.batch_max[instance] = self.batch_max
+            info = info_of(spec, batch_max=self.batch_max, instances=worker.concurrency)
+            worker.outbox.append(InstanceLoaded(worker.id, instance, info))
 
     def finish_loads(self) -> None:
         """All loads under way end."""
@@ -464,7 +483,30 @@ class World:
         parts = [t.part for job in e.jobs for t in job.inputs if t.part is not None]
         parts += [part for job in e.jobs for part in (job.into or {}).values()]
         assert {part.region for part in parts} <= self.memory, "a run without its memory"
+        assert len(worker.runs) <= worker.concurrency, "more at once than one waiting at the socket"
+        assert all(job.state is JobState.RUNNING and job.instance == e.instance for job in e.jobs)
+        assert e.deadline_s == max(job.deadline_s for job in e.jobs) > self.now_s, "an expired run"
+        assert e.rows == sum(job.rows for job in e.jobs)
+        if len(e.jobs) > 1:
+            assert e.rows <= worker.batch_max[e.instance]
+            assert not any(job.into for job in e.jobs)
+            assert len({(job.inputs[0].name, *job.inputs[0].shape[1:]) for job in e.jobs}) == 1
         worker.runs.append(e)
+        self.take_runs(worker)
+
+    def take_runs(self, worker: SimWorker) -> None:
+        """The worker takes what waits at its socket while it can; what nobody wants any more it refuses."""
+        for run in list(worker.runs):
+            if len(worker.taken) >= worker.concurrency:
+                return
+            if run.run_id in worker.taken:
+                continue
+            if run.deadline_s <= self.now_s:
+                worker.runs.remove(run)
+                failed = RunFailed(worker.id, run.run_id, "DEADLINE_EXCEEDED", "DEADLINE_PASSED", "too late")
+                worker.outbox.append(failed)
+            else:
+                worker.taken.add(run.run_id)
 
     def _on_CancelRun(self, e: CancelRun) -> None:  # noqa: N802 - named after the effect
         assert e.worker in self.workers
@@ -474,10 +516,14 @@ class World:
         if not worker.alive or not worker.runs:
             return
         run = worker.runs.popleft()
+        worker.taken.discard(run.run_id)
         if fails:
             worker.outbox.append(RunFailed(worker.id, run.run_id, "INTERNAL", "RUNTIME_ERROR", "a fault"))
         else:
-            worker.outbox.append(RunDone(worker.id, run.run_id, [], 1_000_000))
+            rows = run.rows + (self.bad_batches and len(run.jobs) > 1)
+            outputs = [["y", "FP32", [rows], 64, 4 * rows]]
+            worker.outbox.append(RunDone(worker.id, run.run_id, outputs, 500_000))
+        self.take_runs(worker)
 
     def finish_runs(self) -> None:
         """Every run ends, and those that follow too."""
@@ -581,9 +627,11 @@ class World:
         return {(r["name"], r["version"]): r["state"] for r in self.request("repository_index")["models"]}
 
 
-def info_of(spec: dict[str, Any]) -> dict[str, Any]:
+def info_of(spec: dict[str, Any], *, batch_max: int = 1, instances: int = 1) -> dict[str, Any]:
     """What a worker tells about what it has loaded."""
     return {
+        "instances": instances,
+        "batch": {"max": batch_max, "times_us": [], "why": ""},
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1]}],
         "metadata": {"author": "nobody"},
