@@ -174,11 +174,15 @@ def test_the_buckets_are_exact(latencies_us: list[int]) -> None:
 def test_merged_statistics_are_the_sum() -> None:
     """Counts, times and the last inference."""
     one, two = ModelStatistics(), ModelStatistics()
-    one.success(queue_ns=1, compute_ns=2, total_ns=30_000, epoch_ms=5)
-    two.success(queue_ns=10, compute_ns=20, total_ns=300_000, epoch_ms=9)
+    one.executed(1, 2)
+    two.executed(1, 20)
+    two.executed(4, 60)
+    one.success(rows=1, queue_ns=1, compute_ns=2, total_ns=30_000, epoch_ms=5)
+    two.success(rows=1, queue_ns=10, compute_ns=20, total_ns=300_000, epoch_ms=9)
     two.failure("fail", 7)
     one.merge(two)
-    assert (one.inference_count, one.execution_count, one.last_inference_ms) == (2, 2, 9)
+    assert (one.inference_count, one.execution_count, one.last_inference_ms) == (2, 3, 9)
+    assert one.batches == {1: [2, 22], 4: [1, 60]}
     assert one.sums["queue"] == [2, 11]
     assert one.sums["fail"] == [1, 7]
 
