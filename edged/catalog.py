@@ -292,6 +292,21 @@ _EVENTS: dict[str, Event] = {
         "The shortage has eased",
         "LEVEL is the step of the ladder that still holds; OK means none.",
     ),
+    "memory_pressed": Event(
+        "43226358adcf42f8bb64f3ff48d844fc",
+        "info",
+        "The system asks for memory back",
+        "The service manager or the kernel (SOURCE) told of memory pressure; workers give back what they "
+        "hold in reserve. Further ones are only counted (the metric edged_memory_pressure_events_total) and "
+        "said again after ten quiet minutes. Nothing to do unless models are refused as well.",
+    ),
+    "pressure_watch_failed": Event(
+        "e0722f0a5a7249a8a7a948649ea0d17f",
+        "warning",
+        "Memory pressure is not told as the service manager asked",
+        "REASON says what is wrong with $MEMORY_PRESSURE_WATCH or $MEMORY_PRESSURE_WRITE. The guard looks at "
+        "memory once a second all the same.",
+    ),
     "load_refused": Event(
         "836435439c194eb3b6130149c7e190a8",
         "warning",

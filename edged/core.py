@@ -424,8 +424,8 @@ class Core:
                 self.placement.reprobe()
             case Measured(measure=measure, result=result, how=how):
                 self.chooser.on_measured(measure, result, how, now_s)
-            case Sampled(sample=sample):
-                self._on_sampled(sample, now_s)
+            case Sampled(sample=sample, pressed=pressed):
+                self._on_sampled(sample, now_s, pressed=pressed)
             case ConfigChanged(config=config):
                 self._on_config(config)
             case ShutdownAsked():
@@ -454,7 +454,7 @@ class Core:
             self.lifecycle.offer_device(verdict.candidate)
         self.lifecycle.step(now_s)
 
-    def _on_sampled(self, sample: resources.Sample, now_s: float) -> None:
+    def _on_sampled(self, sample: resources.Sample, now_s: float, *, pressed: bool) -> None:
         self.sample = sample
         settings = self.around.config.resources
         limits = resources.ResourceLimits(
@@ -472,8 +472,9 @@ class Core:
             self._out.append(Log(kind, {"LEVEL": guard.level.name, "REASON": "; ".join(guard.reasons)}))
             payload = {"level": guard.level.name, "reasons": list(guard.reasons)}
             self._emit(Publish("resource.pressure", payload))
-            if guard.level >= resources.Level.SHRINK:
-                self._out.append(ShrinkWorkers())
+            pressed = pressed or guard.level >= resources.Level.SHRINK
+        if pressed:
+            self._out.append(ShrinkWorkers())
         rss_bytes = {w.pid: w.rss_bytes for w in sample.workers}
         self.workers.on_sampled(rss_bytes, guard.over_budget, now_s)
 

@@ -98,9 +98,10 @@ from edged.journal import Journal, RateLimiter
 from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
 from edged.messages import Route
 from edged.metrics import Metrics
+from edged.pressure import PressureWatch
 from edged.repository import Entry, Snapshot, scan
 from edged.store import LastGood, Store, StoreError
-from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes
+from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes, pressure_files
 from edged.transport import Incoming, Router, SocketDir, TransportError, bind_events
 from edged.version import __version__
 from edged.watcher import Watcher
@@ -122,6 +123,12 @@ FAULT_RESCAN_S = 2.0
 REGIONS_MAX = 4096
 """Leased regions in all, or a quarter of the descriptors that the daemon may have: with none left, libzmq
 ends the process."""
+
+PRESSED_PAUSE_S = 1.0
+"""Between two looks of the guard for memory pressure's sake: whoever tells of it may tell all the time."""
+
+PRESSED_QUIET_S = 600.0
+"""After so long without pressure the log tells of it again."""
 
 PAGE_S = 1.5
 """How long a reader of metrics is kept waiting for the loop."""
@@ -243,12 +250,24 @@ class Daemon:
         self._watcher.start()
         self._watcher_fault: str | None = None
         stack.callback(self._watcher.stop)
+        self._open_pressure()
         self._sample_at_s = now_s
         self._rescan_at_s = now_s + config.loading.rescan_s
         self._status_at_s = now_s
         self._status = ""
         self._devices_seen = _device_nodes()
         self._awake_s = _asleep_s()
+
+    def _open_pressure(self) -> None:
+        self._pressure = PressureWatch(os.environ, pressure_files())
+        self._stack.callback(self._pressure.close)
+        self._pressures = self._pressures_taken = 0
+        self._pressed_at_s = -math.inf
+        if self._pressure.problem:
+            self._journal.emit("pressure_watch_failed", REASON=self._pressure.problem)
+        if self._pressure.fd is not None:
+            fd = self._pressure.fd
+            self.watch(fd, lambda: self._pressed(fd), self._pressure.events)
 
     def _open_sockets(self) -> None:
         limits = self._config.limits
@@ -300,10 +319,10 @@ class Daemon:
             self._stack.callback(signal.signal, number, before)
         self.watch(reader, lambda: self._take_signals(reader))
 
-    def watch(self, fd: int, ready: Callable[[], None]) -> None:
-        """Calls `ready` whenever `fd` is readable."""
+    def watch(self, fd: int, ready: Callable[[], None], events: int = select.EPOLLIN) -> None:
+        """Calls `ready` whenever `fd` is readable, or has what else `events` asks for."""
         self._fds[fd] = ready
-        self._epoll.register(fd, select.EPOLLIN)
+        self._epoll.register(fd, events)
 
     def unwatch(self, fd: int) -> None:
         """No longer; a descriptor that is closed already has left by itself."""
@@ -549,6 +568,18 @@ class Daemon:
                 self._rescan_at_s = time.monotonic() + rescan_s
             self._step(event)
 
+    def _pressed(self, fd: int) -> None:
+        """The system asks for memory back: the guard looks now, and workers give back their reserves."""
+        now_s = time.monotonic()
+        if self._pressure.take():
+            if now_s - self._pressed_at_s >= PRESSED_QUIET_S:
+                self._journal.emit("memory_pressed", SOURCE=self._pressure.source)
+            self._pressures += 1
+            self._sample_at_s = min(self._sample_at_s, max(now_s, self._pressed_at_s + PRESSED_PAUSE_S))
+            self._pressed_at_s = now_s
+        if self._pressure.fd is None:
+            self.unwatch(fd)
+
     def _take_signals(self, fd: int) -> None:
         for number in os.read(fd, 64):
             if number == signal.SIGHUP:
@@ -708,6 +739,7 @@ class Daemon:
     def _page(self, now_s: float) -> str:
         outside = {
             "edged_log_dropped_total": self._journal.dropped,
+            "edged_memory_pressure_events_total": self._pressures,
             "edged_disk_busy_seconds": round(self._helper.busy_s(now_s), 3),
         }
         return self._metrics.render(self._core, now_s, outside)
@@ -733,7 +765,8 @@ class Daemon:
         )
         core.runs.epoch_offset_s = time.time() - now_s
         pids = [w.pid for w in core.workers.table.values() if w.pid is not None]
-        self._step(Sampled(self._sampler.sample(pids)))
+        pressed, self._pressures_taken = self._pressures > self._pressures_taken, self._pressures
+        self._step(Sampled(self._sampler.sample(pids), pressed))
         self._lanes.rested()
         for runtime, pid in self._children.look_after(now_s).items():
             self._journal.emit("template_crashed", RUNTIME=runtime, PID=pid)

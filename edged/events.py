@@ -241,9 +241,10 @@ class Measured(Event, frozen=True):
 
 
 class Sampled(Event, frozen=True):
-    """The resource guard's sample."""
+    """The resource guard's sample; `pressed` if the system has asked for memory back since the last."""
 
     sample: Sample
+    pressed: bool = False
 
 
 class DevicesChanged(Event, frozen=True):

@@ -26,7 +26,7 @@ import psutil
 
 from edged.resources import Sample, WorkerSample
 
-__all__ = ["Notifier", "Roots", "Sampler", "available_cpus", "memory_limit_bytes"]
+__all__ = ["Notifier", "Roots", "Sampler", "available_cpus", "memory_limit_bytes", "pressure_files"]
 
 #: No file that we read is longer; memory.stat is about 1.5 kB.
 _READ_BYTES_MAX: Final = 16384
@@ -262,6 +262,13 @@ def memory_limit_bytes(configured: int | float, *, roots: Roots | None = None) -
     there_is = min([total_bytes, *limits])
     wanted = int(there_is * configured) if isinstance(configured, float) else configured
     return min(wanted, there_is)
+
+
+def pressure_files(*, roots: Roots | None = None) -> list[Path]:
+    """Where memory pressure is told, the nearest first: our own control group, then the machine."""
+    roots = Roots() if roots is None else roots
+    own = _controller_dirs(roots, "memory")[:1]
+    return [*(path / "memory.pressure" for path in own), roots.proc / "pressure" / "memory"]
 
 
 def _controller_dirs(roots: Roots, controller: str) -> list[Path]:

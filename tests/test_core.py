@@ -740,3 +740,12 @@ def test_no_memory_is_leased_while_it_is_short() -> None:
     (reply,) = [e for e in world.effects if isinstance(e, LaneReply)]
     assert reply.header["error"]["reason"] == "MEMORY_PRESSURE"
     assert world.core.regions.snapshot()["bytes"] == 0
+
+
+def test_memory_that_the_system_asks_for_is_given_back_at_any_level() -> None:
+    """By one order, which the guard's own word does not double."""
+    world = ready_world()
+    assert [type(e) for e in world.send(Sampled(sample(), pressed=True))].count(ShrinkWorkers) == 1
+    assert [type(e) for e in world.send(Sampled(sample()))].count(ShrinkWorkers) == 0
+    low = sample(free=100 * MIB)
+    assert [type(e) for e in world.send(Sampled(low, pressed=True))].count(ShrinkWorkers) == 1

@@ -48,7 +48,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "lifecycle",
         "entries choosing status metrics",
         "core",
-        "sites helper transport store watcher system journald exporter process assembly",
+        "sites helper transport store watcher system journald exporter pressure process assembly",
         "journal",
         "lanes children",
         "daemon",

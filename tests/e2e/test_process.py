@@ -421,3 +421,30 @@ def test_hangups_and_stops_at_once_end_it_once(tmp_path: Path) -> None:
             thread.join()
         assert daemon.wait_end() == 0
         assert '"daemon_bug"' not in daemon.log()
+
+
+# ---------------------------------------------------------------------- memory pressure
+
+
+def test_a_service_manager_that_asks_for_memory_is_heard_at_once(tmp_path: Path) -> None:
+    """By a FIFO of systemd's protocol: no timer is waited for, the workers are told, the log says it once."""
+    fifo = tmp_path / "pressure"
+    os.mkfifo(fifo)
+    manager = os.open(fifo, os.O_RDWR | os.O_NONBLOCK)
+    settings = {
+        "MEMORY_PRESSURE_WATCH": str(fifo),
+        "MEMORY_PRESSURE_WRITE": "c29tZQ==",
+        "EDGED_RESOURCES_SAMPLE": "60s",
+        "EDGED_METRICS_TEXTFILE": str(tmp_path / "edged.prom"),
+        "EDGED_METRICS_INTERVAL": "1s",
+    }
+    try:
+        with running_daemon(tmp_path, settings, models=ONE) as daemon:
+            for count in (1, 2):
+                os.write(manager, b"!")
+                wanted = f"edged_memory_pressure_events_total {count}\n"
+                until(lambda wanted=wanted: wanted in (tmp_path / "edged.prom").read_text(), what=wanted)  # type: ignore[misc]  # a default binds it
+            assert daemon.log().count('"memory_pressed"') == 1
+            assert daemon.number() == 1
+    finally:
+        os.close(manager)
