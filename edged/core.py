@@ -42,11 +42,9 @@ from edged.events import (
     GrantRegion,
     InstanceLoaded,
     InstanceLoadFailed,
-    LaneBadPacket,
     LaneClosed,
     LaneOpened,
     LanePacket,
-    LaneReply,
     LoadPrepared,
     Log,
     Measured,
@@ -72,7 +70,7 @@ from edged.events import (
 from edged.happenings import Happenings
 from edged.instances import Instance, InstanceState, Machine, Surroundings
 from edged.lifecycle import Lifecycle
-from edged.messages import Peer, RegionPart, RequestId
+from edged.messages import Peer, RegionPart
 from edged.placement import Placement
 from edged.regions import Regions
 from edged.registry import Registry
@@ -172,9 +170,8 @@ class Core:
             BadMessage: self._on_bad_message,
             LaneOpened: lambda e, _: self._on_lane(e),
             LanePacket: lambda e, _: self._on_lane(e),
-            LaneBadPacket: lambda e, _: self._on_lane(e),
             RegionFailed: lambda e, _: self._on_lane(e),
-            LaneClosed: lambda e, _: self._on_lane(e),
+            LaneClosed: self._on_lane_closed,
             Tick: self._on_tick,
         }
 
@@ -321,7 +318,7 @@ class Core:
 
     # ------------------------------------------------------------------ leases
 
-    def _on_lane(self, event: LaneOpened | LanePacket | LaneBadPacket | RegionFailed | LaneClosed) -> None:
+    def _on_lane(self, event: LaneOpened | LanePacket | RegionFailed) -> None:
         match event:
             case LaneOpened():
                 self.regions.connect(event.connection, event.peer.uid)
@@ -329,25 +326,29 @@ class Core:
                 try:
                     self._lease(event)
                 except EdgedError as error:
-                    self._refuse_lane(event, event.request.id, error)
-            case LaneBadPacket():
-                self.counters["bad_messages"] += 1
-                self._refuse_lane(event, event.request_id, event.error)
+                    self.runs.refuse((event.connection,), "infer", event.request.id, error)
+                    if isinstance(error, InvalidArgument):
+                        self._note_bad(event.peer, error)
             case RegionFailed():
                 freed = self.regions.release(event.connection, event.name)
                 self._out.extend([FreeRegion(each) for each in freed])
                 failure = ResourceExhausted(f"no memory to lease: {event.why}", reason="OUT_OF_MEMORY")
-                header = {"id": event.request_id, "error": failure.to_wire()}
-                self._out.append(LaneReply(event.connection, header))
-            case LaneClosed():
-                self._out.extend([FreeRegion(each) for each in self.regions.disconnect(event.connection)])
+                self.runs.refuse((event.connection,), "infer", event.request_id, failure)
+
+    def _on_lane_closed(self, event: LaneClosed, now_s: float) -> None:
+        """Nobody reads the answers any more: what is in flight is withdrawn, and its memory with it."""
+        if self.scheduler.in_flight_of(event.connection):
+            gone = Cancelled("its connection is gone", reason="CANCELLED_BY_CLIENT")
+            for job in self.runs.jobs_of(event.connection):
+                self.runs.withdraw(job, gone, now_s)
+        self._out.extend([FreeRegion(each) for each in self.regions.disconnect(event.connection)])
 
     def _lease(self, event: LanePacket) -> None:
         request = event.request
         if request.method == "lease_release":
             freed = self.regions.release(event.connection, request.region or "")
             self._out.extend([FreeRegion(each) for each in freed])
-            self._out.append(LaneReply(event.connection, {"id": request.id}))
+            self._out.append(Reply((event.connection,), "infer", {"id": request.id}))
             return
         if self.stopping:
             raise Unavailable("the daemon is stopping", reason="SERVER_STOPPING", retry_after_ms=2000)
@@ -362,15 +363,6 @@ class Core:
         self._out.append(
             GrantRegion(event.connection, request.id, region.id, region.name, region.nbytes),
         )
-
-    def _refuse_lane(
-        self, event: LanePacket | LaneBadPacket, request_id: RequestId, error: EdgedError
-    ) -> None:
-        self.runs.counters["refused"] += 1
-        self.runs.refusals.note(error)
-        self._out.append(LaneReply(event.connection, {"id": request_id, "error": error.to_wire()}))
-        if isinstance(error, InvalidArgument) or isinstance(event, LaneBadPacket):
-            self._note_bad(event.peer, error)
 
     # ------------------------------------------------------------------ time
 

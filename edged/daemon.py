@@ -54,11 +54,9 @@ from edged.events import (
     GrantRegion,
     InstanceLoadFailed,
     KillWorker,
-    LaneBadPacket,
     LaneClosed,
     LaneOpened,
     LanePacket,
-    LaneReply,
     LoadInstance,
     LoadPrepared,
     Log,
@@ -96,7 +94,7 @@ from edged.helper import Helper, Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
 from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
-from edged.messages import Route
+from edged.messages import Envelope, RequestId, Route
 from edged.metrics import Metrics
 from edged.pressure import PressureWatch
 from edged.repository import Entry, Snapshot, scan
@@ -375,6 +373,9 @@ class Daemon:
         for router in tuple(self._unasked):
             if not self._receive(router):
                 self._unasked.discard(router)
+        while self._lanes.has_lost:  # hung up on while something was sent to them
+            for closed in self._lanes.lost():
+                self._step(LaneClosed(closed.connection))
         now_s = time.monotonic()
         if now_s >= self._next_s:
             self._timers(now_s)
@@ -486,14 +487,11 @@ class Daemon:
             case RequestArrived(route=route, request=request):
                 # Once admitted it is answered by what becomes of its run.
                 if request.id is None or self._core.scheduler.find(route, request.id) is None:
-                    self._send(
-                        what.socket, route, [wire.encode({"id": request.id, "error": error.to_wire()})]
-                    )
+                    self._reply(what.socket, route, {"id": request.id, "error": error.to_wire()})
             case SendResult(job=job):
-                header = {"id": job.request_id, "error": error.to_wire()}
-                self._send("infer", job.route, [wire.encode(header)])
+                self._reply("infer", job.route, {"id": job.request_id, "error": error.to_wire()})
             case LanePacket(connection=connection, request=asked):
-                self._lanes.send(connection, wire.encode({"id": asked.id, "error": error.to_wire()}))
+                self._reply("infer", (connection,), {"id": asked.id, "error": error.to_wire()})
             case StartRun(worker=worker, run_id=run_id):
                 self._step(RunFailed(worker, run_id, error.code.value, "DAEMON_BUG", text))
             case StartWorker(worker=worker):
@@ -540,15 +538,16 @@ class Daemon:
                     self._step(self._decode_lane(found))
                 case _:
                     self._step(LaneClosed(found.connection))
-        for closed in self._lanes.lost():
-            self._step(LaneClosed(closed.connection))
 
     def _decode_lane(self, packet: Packet) -> Event:
+        route = (packet.connection,)
         try:
-            request = wire.decode_lane_request(packet.raw, truncated=packet.truncated)
+            request = wire.decode_lane_request(packet.raw, self._wire_limits)
         except wire.WireError as e:
-            return LaneBadPacket(packet.connection, packet.peer, e.request_id, e.error)
-        return LanePacket(packet.connection, packet.peer, request, secrets.token_hex(16))
+            return BadMessage(route, "infer", packet.peer, e.request_id, e.error)
+        if request.method in wire.LEASE_METHODS:
+            return LanePacket(packet.connection, packet.peer, request, secrets.token_hex(16))
+        return RequestArrived(route, "infer", packet.peer, request)
 
     def _take_mail(self, fd: int) -> None:
         with contextlib.suppress(BlockingIOError):
@@ -618,17 +617,33 @@ class Daemon:
             error = Internal(
                 f"model '{effect.name}': its worker's answer was out of bounds", reason="WORKER_FAULT"
             )
-            header = {"id": effect.job.request_id, "error": error.to_wire()}
-            self._send("infer", effect.job.route, [wire.encode(header)])
+            self._reply("infer", effect.job.route, {"id": effect.job.request_id, "error": error.to_wire()})
             return
+        job = effect.job
         frames = wire.encode_infer_reply(
-            effect.job.request_id, effect.name, effect.version, outputs, effect.parameters, landed
+            job.request_id,
+            effect.name,
+            effect.version,
+            outputs,
+            effect.parameters,
+            landed,
+            in_one=type(job.route[0]) is int,
         )
-        self._send("infer", effect.job.route, frames)
+        self._send("infer", job.route, frames, job.request_id)
 
-    def _send(self, socket: str, route: Route, frames: Sequence[bytes | memoryview]) -> None:
+    def _reply(self, socket: str, route: Route, header: dict[str, Any]) -> None:
+        self._send(socket, route, [wire.encode(header)], header["id"])
+
+    def _send(
+        self, socket: str, route: Route, frames: Sequence[bytes | memoryview], request_id: RequestId
+    ) -> None:
+        """Sends a reply the way that its request came: to a lane, or over one of the ROUTERs."""
+        connection = route[0]
+        if isinstance(connection, int):
+            self._lanes.send(connection, wire.lane_packet(frames, request_id))
+            return
         router = self._routers[socket]
-        router.send(route, frames)
+        router.send(cast(Envelope, route), frames)
         self._unasked.add(router)
         if router.has_backlog and self._flush_at_s == math.inf:
             self._flush_pause_s = FLUSH_S
@@ -797,11 +812,10 @@ class Daemon:
     def _effect_table(self) -> dict[type[Effect], Callable[[Any], None]]:
         children = self._children
         return {
-            Reply: lambda e: self._send(e.socket, e.route, [wire.encode(e.header)]),
+            Reply: lambda e: self._reply(e.socket, e.route, e.header),
             SendResult: self._send_result,
             StartRun: children.start_run,
             GrantRegion: self._grant_region,
-            LaneReply: lambda e: self._lanes.send(e.connection, wire.encode(e.header)),
             FreeRegion: self._free_region,
             CancelRun: lambda e: children.tell(e.worker, ["cancel", e.run_id]),
             StartWorker: children.start_worker,

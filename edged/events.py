@@ -38,11 +38,9 @@ __all__ = [
     "InstanceLoadFailed",
     "InstanceLoaded",
     "KillWorker",
-    "LaneBadPacket",
     "LaneClosed",
     "LaneOpened",
     "LanePacket",
-    "LaneReply",
     "LoadInstance",
     "LoadPrepared",
     "Log",
@@ -112,21 +110,12 @@ class LaneOpened(Event, frozen=True):
 
 
 class LanePacket(Event, frozen=True):
-    """A request on the lease socket; `fresh_name` is a random name for the region that it may ask for."""
+    """A request for memory on the lease socket; `fresh_name` is a random name for what it may ask for."""
 
     connection: int
     peer: Peer
     request: LaneRequest
     fresh_name: str
-
-
-class LaneBadPacket(Event, frozen=True):
-    """A packet on the lease socket that the wire refused."""
-
-    connection: int
-    peer: Peer
-    request_id: RequestId
-    error: EdgedError
 
 
 class RegionFailed(Event, frozen=True):
@@ -314,13 +303,6 @@ class GrantRegion(Effect, frozen=True):
     region: int
     name: str
     nbytes: int
-
-
-class LaneReply(Effect, frozen=True):
-    """Send a header on the lease socket."""
-
-    connection: int
-    header: dict[str, Any]
 
 
 class FreeRegion(Effect, frozen=True):

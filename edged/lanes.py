@@ -1,9 +1,10 @@
 """The lease socket: a unix SEQPACKET listener, its connections, and the memory that goes out over them.
 
 Owns the listener, one socket for each peer, and the memfd of each region. It reads one packet of each peer
-and turn, within bounds, and never waits: a peer that does not take its reply is not read from until it does,
-so that whoever floods or sleeps slows nobody but himself. An epoll of its own holds all of it, so that the
-daemon's loop watches one descriptor. Knows packets and peers, not what they mean.
+and turn, within bounds, and never waits: replies that a peer does not take are kept, within bounds, and it is
+not read from until it has them; beyond the bounds it is hung up on. So whoever floods or sleeps slows nobody
+but himself. An epoll of its own holds all of it, so that the daemon's loop watches one descriptor. Knows
+packets and peers, not what they mean.
 """
 
 from __future__ import annotations
@@ -15,8 +16,9 @@ import os
 import select
 import socket
 import struct
-from collections import Counter
-from dataclasses import dataclass
+import termios
+from collections import Counter, deque
+from dataclasses import dataclass, field
 
 import msgspec
 
@@ -26,10 +28,10 @@ from edged.wire import LANE_PACKET_BYTES_MAX
 
 __all__ = ["CONNECTIONS_MAX", "Closed", "Lanes", "Opened", "Packet"]
 
-CONNECTIONS_MAX = 128
-"""Peers at once: each takes a descriptor, and a process needs one connection."""
+CONNECTIONS_MAX = 256
+"""Peers at once: each takes a descriptor. A process that asks by lane and leases memory has two."""
 
-CONNECTIONS_PER_UID_MAX = 32
+CONNECTIONS_PER_UID_MAX = 64
 """Of one user, so that one alone cannot take all of them."""
 
 ACCEPTS_PER_TURN = 8
@@ -38,11 +40,23 @@ ACCEPTS_PER_TURN = 8
 PEERS_PER_TURN = 16
 """Packets read before the daemon's other sockets have their turn."""
 
-SEND_BUFFER_BYTES = 16 * 1024
-"""The kernel's memory for replies that a peer does not read. Descriptors in them count too: there is a bound
-on how many may be under way (ETOOMANYREFS), which the workers' share."""
+SEND_BUFFER_BYTES = LANE_PACKET_BYTES_MAX
+"""Of the kernel's memory, which doubles it, for replies that a peer does not read: the largest fits."""
+
+DESCRIPTORS_UNREAD_BYTES_MAX = SEND_BUFFER_BYTES // 2
+"""What may lie unread before a reply with a descriptor: there is a bound on how many of those may be under
+way (ETOOMANYREFS), which the workers' share. A quarter of the room, below which epoll calls it writable."""
+
+WAITING_REPLIES_MAX = 1024
+WAITING_BYTES_MAX = 4 * 1024 * 1024
+"""Replies kept for one peer that does not read, before it is hung up on. Only what was in flight can come to
+lie here; these are 64 of the largest, and four times what a client may have in flight by default."""
+
+WAITING_TOTAL_BYTES_MAX = 64 * 1024 * 1024
+"""The same for all peers together."""
 
 _SEALS = fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL
+_INT = struct.Struct("i")
 _CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 
@@ -54,12 +68,11 @@ class Opened(msgspec.Struct, frozen=True):
 
 
 class Packet(msgspec.Struct, frozen=True):
-    """A peer's packet; `truncated` when it was larger than may be."""
+    """A peer's packet; one that is longer than may be is cut off one byte later."""
 
     connection: int
     peer: Peer
     raw: bytes
-    truncated: bool
 
 
 class Closed(msgspec.Struct, frozen=True):
@@ -73,8 +86,9 @@ class _Lane:
     connection: int
     peer: Peer
     socket: socket.socket
-    waiting: tuple[bytes, int | None] | None = None
-    """The reply, and a descriptor of ours with it, that the peer has no room for yet."""
+    waiting: deque[tuple[bytes | memoryview, int | None]] = field(default_factory=deque)
+    """Replies, and descriptors of ours with them, that the peer has no room for yet."""
+    waiting_bytes: int = 0
 
 
 class Lanes:
@@ -92,6 +106,7 @@ class Lanes:
         self._regions: dict[int, int] = {}
         self._serial = 0
         self._lost: list[Closed] = []
+        self._waiting_bytes = 0
         self._resting = False
         self._epoll = select.epoll()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET | socket.SOCK_NONBLOCK)
@@ -133,18 +148,23 @@ class Lanes:
                     self._accept(found)
             elif events & (select.EPOLLERR | select.EPOLLHUP) and not events & select.EPOLLIN:
                 self._hang_up(lane)
-            elif lane.waiting is not None:
+            elif lane.waiting:
                 self._send_waiting(lane)
             else:
                 self._receive(lane, found)
         return found + self.lost()
+
+    @property
+    def has_lost(self) -> bool:
+        """Whether `lost` has something to tell."""
+        return bool(self._lost)
 
     def lost(self) -> list[Closed]:
         """The peers that were hung up on since this was asked."""
         lost, self._lost = self._lost, []
         return lost
 
-    def send(self, connection: int, raw: bytes) -> None:
+    def send(self, connection: int, raw: bytes | memoryview) -> None:
         """Sends a reply, now or when the peer has room. A peer that is gone loses it."""
         lane = self._lanes.get(connection)
         if lane is not None:
@@ -219,48 +239,66 @@ class Lanes:
 
     def _receive(self, lane: _Lane, found: list[Opened | Packet | Closed]) -> None:
         try:
-            # Without room for them, descriptors that a peer passes are closed by the kernel.
-            raw, _, flags, _ = lane.socket.recvmsg(LANE_PACKET_BYTES_MAX)
+            # Of descriptors that a peer passes, recv(2) takes none: the kernel closes them.
+            raw = lane.socket.recv(LANE_PACKET_BYTES_MAX + 1)
         except BlockingIOError:
             return
         except OSError:
-            raw, flags = b"", 0
+            raw = b""
         if not raw:  # an empty packet cannot be told from the end
             self._hang_up(lane)
             return
-        found.append(Packet(lane.connection, lane.peer, raw, bool(flags & socket.MSG_TRUNC)))
+        found.append(Packet(lane.connection, lane.peer, raw))
 
-    def _send(self, lane: _Lane, raw: bytes, fd: int | None) -> None:
-        if lane.waiting is not None:
-            raise AssertionError("a peer whose reply waits is not read from")
-        try:
-            self._transmit(lane, raw, fd)
-        except OSError as e:
-            if e.errno != errno.EAGAIN:
-                self._hang_up(lane)
+    def _send(self, lane: _Lane, raw: bytes | memoryview, fd: int | None) -> None:
+        if not lane.waiting:
+            try:
+                self._transmit(lane, raw, fd)
+            except OSError as e:
+                if e.errno != errno.EAGAIN:
+                    self._hang_up(lane)
+                    return
+                self._epoll.modify(lane.socket, select.EPOLLOUT)
+            else:
                 return
-            lane.waiting = (raw, None if fd is None else os.dup(fd))
-            self._epoll.modify(lane.socket, select.EPOLLOUT)
-
-    def _send_waiting(self, lane: _Lane) -> None:
-        if lane.waiting is None:
-            return
-        raw, fd = lane.waiting
-        try:
-            self._transmit(lane, raw, fd)
-        except BlockingIOError:
-            return
-        except OSError:
+        nbytes = len(raw)
+        if (
+            len(lane.waiting) >= WAITING_REPLIES_MAX
+            or lane.waiting_bytes + nbytes > WAITING_BYTES_MAX
+            or self._waiting_bytes + nbytes > WAITING_TOTAL_BYTES_MAX
+        ):
             self._hang_up(lane)
             return
-        lane.waiting = None
-        if fd is not None:
-            os.close(fd)
+        # The reply may lie in memory that is used again as soon as this returns.
+        lane.waiting.append((bytes(raw), None if fd is None else os.dup(fd)))
+        lane.waiting_bytes += nbytes
+        self._waiting_bytes += nbytes
+
+    def _send_waiting(self, lane: _Lane) -> None:
+        while lane.waiting:
+            raw, fd = lane.waiting[0]
+            try:
+                self._transmit(lane, raw, fd)
+            except BlockingIOError:
+                return
+            except OSError:
+                self._hang_up(lane)
+                return
+            self._forget_waiting(lane)
         self._epoll.modify(lane.socket, select.EPOLLIN)
 
-    def _transmit(self, lane: _Lane, raw: bytes, fd: int | None) -> None:
+    def _forget_waiting(self, lane: _Lane) -> None:
+        raw, fd = lane.waiting.popleft()
+        lane.waiting_bytes -= len(raw)
+        self._waiting_bytes -= len(raw)
+        if fd is not None:
+            os.close(fd)
+
+    def _transmit(self, lane: _Lane, raw: bytes | memoryview, fd: int | None) -> None:
         if fd is None:
             lane.socket.send(raw)
+        elif _unread_bytes(lane.socket) > DESCRIPTORS_UNREAD_BYTES_MAX:
+            raise BlockingIOError(errno.EAGAIN, "too much is unread for a descriptor")
         else:
             socket.send_fds(lane.socket, [raw], [fd])
 
@@ -273,7 +311,12 @@ class Lanes:
         self._per_uid[lane.peer.uid] -= 1
         if not self._per_uid[lane.peer.uid]:
             del self._per_uid[lane.peer.uid]
-        if lane.waiting is not None and lane.waiting[1] is not None:
-            os.close(lane.waiting[1])
+        while lane.waiting:
+            self._forget_waiting(lane)
         lane.socket.close()
         self._lost.append(Closed(lane.connection))
+
+
+def _unread_bytes(peer: socket.socket) -> int:
+    """What the peer has not read of what was sent to it, in the kernel's memory (SIOCOUTQ)."""
+    return int(_INT.unpack(fcntl.ioctl(peer, termios.TIOCOUTQ, bytes(_INT.size)))[0])

@@ -13,6 +13,7 @@ import msgspec
 
 __all__ = [
     "METHODS",
+    "Envelope",
     "InputTensor",
     "LaneRequest",
     "OutputRef",
@@ -27,8 +28,12 @@ __all__ = [
 
 RequestId = str | int | None
 
-Route = tuple[bytes, ...]
-"""Where a reply goes: the connection's identity, then the envelope that the client's socket wants."""
+Envelope = tuple[bytes, ...]
+"""A ZeroMQ connection's identity, then the frames that the client's socket wants before a reply."""
+
+Route = Envelope | tuple[int]
+"""Where a reply goes: over ZeroMQ, or to a connection of the lease socket by its number. What is first in it
+is the connection, and no identity, which a client may choose, is equal to a number."""
 
 METHODS: dict[str, str] = {
     "server_live": "both",
@@ -84,15 +89,11 @@ class Request(msgspec.Struct, frozen=True):
     settings: dict[str, Any] | None = None
 
 
-class LaneRequest(msgspec.Struct, frozen=True):
-    """A packet on the lease socket."""
+class LaneRequest(Request, frozen=True):
+    """A packet on the lease socket: any request of `edged.sock`, or one for memory."""
 
-    method: str
-    v: int = 1
-    id: RequestId = None
     byte_size: int | None = None
     region: str | None = None
-    must_understand: list[str] = []
 
 
 class RegionReference(msgspec.Struct, frozen=True, gc=False):

@@ -474,6 +474,12 @@ class Runs:
         if instance is not None and instance.state is InstanceState.DRAINING:
             self._drained(instance, now_s)
 
+    def jobs_of(self, client: bytes | int) -> list[Job]:
+        """What a connection has in flight, waiting and running."""
+        jobs = [job for each in self._registry.instances for job in self._scheduler.waiting(each)]
+        jobs += [job for run in self.table.values() for job in run.jobs if job.state is not JobState.ANSWERED]
+        return [job for job in jobs if job.route[0] == client]
+
     def _answered(self, job: Job) -> None:
         self._scheduler.answered(job)
         if job.regions:

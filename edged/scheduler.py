@@ -332,8 +332,8 @@ class Scheduler:
         self.clients_max = clients
         self._queues: dict[int, _Queue] = {}
         self._deadlines: list[tuple[float, int, Job]] = []
-        self._by_id: dict[tuple[bytes, RequestId], Job] = {}
-        self._per_connection: dict[bytes, int] = {}
+        self._by_id: dict[tuple[bytes | int, RequestId], Job] = {}
+        self._per_connection: dict[bytes | int, int] = {}
         self._bytes_of: dict[Client, int] = {}
         self._bytes = 0
         self._seq = 0
@@ -592,6 +592,10 @@ class Scheduler:
         while heap and heap[0][2].state is JobState.ANSWERED:
             heapq.heappop(heap)
         return heap[0][0] if heap else None
+
+    def in_flight_of(self, connection: bytes | int) -> int:
+        """How many jobs of this connection are in flight."""
+        return self._per_connection.get(connection, 0)
 
     def drop_queue(self, instance: int) -> None:
         """Forgets the queue of an instance that is gone; its jobs have been answered."""

@@ -26,7 +26,7 @@ __all__ = [
     "status_text",
 ]
 
-EXTENSIONS = ("statistics", "model_repository", "cancel", "events", "logging", "shared_memory")
+EXTENSIONS = ("statistics", "model_repository", "cancel", "events", "logging", "shared_memory", "fast_lane")
 
 
 def server_metadata(core: Core) -> dict[str, Any]:

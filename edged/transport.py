@@ -23,7 +23,7 @@ import msgspec
 import zmq
 import zmq.backend
 
-from edged.messages import Peer, Route
+from edged.messages import Envelope, Peer
 
 __all__ = ["Incoming", "Router", "SocketDir", "TransportError", "bind_events"]
 
@@ -112,7 +112,7 @@ class SocketDir:
 class Incoming(msgspec.Struct, frozen=True, gc=False):
     """One message: where the reply goes, who sent it, and its frames without the envelope."""
 
-    route: Route
+    route: Envelope
     peer: Peer
     frames: list[Any]
 
@@ -174,7 +174,7 @@ class Router:
             if len(frames) < self._frames_max + 4:
                 frames.append(last.buffer)
         name = identity.bytes
-        route: Route = (name,)
+        route: Envelope = (name,)
         if frames and len(frames[0]) == 0:
             route = (name, b"")
             del frames[0]
@@ -197,7 +197,7 @@ class Router:
             peer = self._peers[address] = _parse_peer(address)
         return peer
 
-    def send(self, route: Route, frames: Sequence[bytes | memoryview]) -> None:
+    def send(self, route: Envelope, frames: Sequence[bytes | memoryview]) -> None:
         """Sends a reply, now or when the client has room. A client that is gone loses it."""
         name = route[0]
         backlog = self._backlogs.get(name)
@@ -233,7 +233,7 @@ class Router:
             self._large.pop(name, None)
         return sum(size for _, size in left)
 
-    def _try(self, route: Route, frames: Sequence[bytes | memoryview]) -> bool:
+    def _try(self, route: Envelope, frames: Sequence[bytes | memoryview]) -> bool:
         socket = self._socket
         try:
             for part in route:

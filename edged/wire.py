@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import msgspec
 
@@ -38,6 +38,7 @@ from edged.tensors import (
 __all__ = [
     "INLINE_BYTES_MAX",
     "LANE_PACKET_BYTES_MAX",
+    "LEASE_METHODS",
     "PROTOCOL_VERSIONS",
     "Output",
     "WireError",
@@ -47,6 +48,7 @@ __all__ = [
     "encode",
     "encode_infer_reply",
     "input_data",
+    "lane_packet",
     "leased_input",
     "region_reference",
     "timing_parameters",
@@ -69,9 +71,13 @@ _REGION, _OFFSET, _BYTE_SIZE = "shared_memory_region", "shared_memory_offset", "
 _REGION_KEYS = frozenset({_REGION, _OFFSET, _BYTE_SIZE})
 _HEADER_KEYS = frozenset(Request.__struct_fields__)
 _LANE_KEYS = frozenset(LaneRequest.__struct_fields__)
+_Header = TypeVar("_Header", bound=Request)
 
 LANE_PACKET_BYTES_MAX = 65_536
 """The largest packet on the lease socket, either way: a third of what the kernel lets through."""
+
+LEASE_METHODS = frozenset(name for name, home in METHODS.items() if home == "lease")
+"""What only the lease socket takes; beside them it takes all that `edged.sock` does."""
 
 _SOCKET_FILES = {"infer": "edged.sock", "admin": "admin.sock", "lease": "lease.sock"}
 _TEXT_MAX = 128
@@ -146,6 +152,17 @@ def decode_request(
     `frame_bytes` are the sizes of the tensor frames behind the header; `socket` is `infer` or `admin`.
     Raises WireError, and nothing else.
     """
+    request = _decode(_decoder, header, limits)
+    try:
+        _check_request(request, frame_bytes, socket, limits)
+    except EdgedError as e:
+        raise WireError(e, request.id) from None
+    return request
+
+
+def _decode(
+    decoder: msgspec.msgpack.Decoder[_Header], header: bytes | memoryview, limits: WireLimits
+) -> _Header:
     if len(header) > limits.header_bytes:
         error: EdgedError = ResourceExhausted(
             f"the header has {len(header)} bytes, the limit is {limits.header_bytes}; "
@@ -154,7 +171,7 @@ def decode_request(
         )
         raise WireError(error, None)
     try:
-        request = _decoder.decode(header)
+        request = decoder.decode(header)
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
         text = str(e) if isinstance(e, msgspec.MsgspecError) else "nested too deeply or not UTF-8"
         error = InvalidArgument(
@@ -169,19 +186,19 @@ def decode_request(
             ),
             None,
         )
-    try:
-        _check_request(request, frame_bytes, socket, limits)
-    except EdgedError as e:
-        raise WireError(e, request.id) from None
     return request
 
 
-def _check_request(request: Request, frame_bytes: Sequence[int], socket: str, limits: WireLimits) -> None:
+def _check_version(request: Request) -> None:
     if request.v not in PROTOCOL_VERSIONS:
         raise Unimplemented(
             f"protocol version {request.v} is not spoken here; this daemon speaks {list(PROTOCOL_VERSIONS)}",
             reason="PROTOCOL_VERSION",
         )
+
+
+def _check_request(request: Request, frame_bytes: Sequence[int], socket: str, limits: WireLimits) -> None:
+    _check_version(request)
     home = METHODS.get(request.method)
     if home is None:
         raise Unimplemented(
@@ -339,46 +356,45 @@ def leased_input(tensor: InputTensor, part: RegionPart) -> TensorData:
     return TensorData(name, datatype, shape, b"", part)
 
 
-def decode_lane_request(packet: bytes | memoryview, *, truncated: bool) -> LaneRequest:
-    """The request in a packet of the lease socket; `truncated` when it was larger than may be.
+def decode_lane_request(packet: bytes | memoryview, limits: WireLimits) -> LaneRequest:
+    """The request in a packet of the lease socket: one for memory, or any that `edged.sock` takes.
 
     Raises WireError, and nothing else.
     """
-    if truncated:
-        error: EdgedError = ResourceExhausted(
+    if len(packet) > LANE_PACKET_BYTES_MAX:
+        error = ResourceExhausted(
             f"a packet has at most {LANE_PACKET_BYTES_MAX} bytes; large tensors belong into a region",
             reason="HEADER_TOO_LARGE",
         )
         raise WireError(error, None)
+    request = _decode(_lane_decoder, packet, limits)
     try:
-        request = _lane_decoder.decode(packet)
-    except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError) as e:
-        text = str(e) if isinstance(e, msgspec.MsgspecError) else "nested too deeply or not UTF-8"
-        error = InvalidArgument(f"the packet is not a request: {cut(text)}", reason="BAD_HEADER")
-        raise WireError(error, _salvage_id(packet)) from None
-    if not _id_ok(request.id):
-        error = InvalidArgument("id must be a string of at most 256 characters or an int", reason="BAD_ID")
-        raise WireError(error, None)
-    try:
-        _check_lane_request(request)
+        if request.method in LEASE_METHODS:
+            _check_lease_request(request)
+        else:
+            if request.method == "model_infer":
+                _check_no_frames(request)
+            _check_request(request, (), "infer", limits)
     except EdgedError as e:
         raise WireError(e, request.id) from None
     return request
 
 
-def _check_lane_request(request: LaneRequest) -> None:
-    if request.v not in PROTOCOL_VERSIONS:
-        raise Unimplemented(f"protocol version {request.v} is not spoken here", reason="PROTOCOL_VERSION")
+def _check_no_frames(request: Request) -> None:
+    for tensor in request.inputs:
+        if tensor.frame is not None:
+            raise InvalidArgument(
+                f"input '{cut(tensor.name)}' names a frame, and packets of lease.sock have none; put it into "
+                "a region or, if it is small, into data, or ask over edged.sock",
+                reason="MISSING_FRAME",
+            )
+
+
+def _check_lease_request(request: LaneRequest) -> None:
+    _check_version(request)
     for key in request.must_understand:
         if key not in _LANE_KEYS:
             raise _not_understood(key)
-    home = METHODS.get(request.method)
-    if home != "lease":
-        raise Unimplemented(
-            f"method '{cut(request.method)}' is not served on lease.sock, which knows "
-            "lease_acquire and lease_release",
-            reason="UNKNOWN_METHOD" if home is None else "WRONG_SOCKET",
-        )
     if request.method == "lease_acquire" and request.byte_size is None:
         raise InvalidArgument("lease_acquire needs byte_size", reason="BAD_HEADER")
     if request.method == "lease_release" and request.region is None:
@@ -435,6 +451,19 @@ Output = tuple[str, str, Sequence[int] | None, Any]
 """`(name, datatype, shape, raw bytes)`; for SEQUENCE, MAP and OPTIONAL `(name, datatype, None, msgpack)`."""
 
 
+def lane_packet(frames: Sequence[bytes | memoryview], request_id: RequestId) -> bytes | memoryview:
+    """A reply as the lease socket's one packet: its header, or the error that it does not fit into one."""
+    nbytes = sum([len(frame) for frame in frames])
+    if len(frames) == 1 and nbytes <= LANE_PACKET_BYTES_MAX:
+        return frames[0]
+    error = ResourceExhausted(
+        f"the reply has {nbytes} bytes, a packet of lease.sock at most {LANE_PACKET_BYTES_MAX}; name regions "
+        "for large outputs, or ask over edged.sock",
+        reason="REPLY_TOO_LARGE",
+    )
+    return encode({"id": request_id, "error": error.to_wire()})
+
+
 def encode_infer_reply(
     request_id: RequestId,
     name: str,
@@ -442,11 +471,15 @@ def encode_infer_reply(
     outputs: Sequence[Output],
     parameters: dict[str, Any],
     landed: Mapping[str, RegionPart] | None = None,
+    *,
+    in_one: bool = False,
 ) -> list[bytes | memoryview]:
     """The frames of an inference's reply: small outputs inline, large ones in frames behind the header.
 
-    `landed` are the outputs that the worker has put into leased memory, and where.
+    `landed` are the outputs that the worker has put into leased memory, and where. With `in_one` all that a
+    packet of the lease socket could hold is inline.
     """
+    each_max, total_max = (LANE_PACKET_BYTES_MAX,) * 2 if in_one else (INLINE_BYTES_MAX, _INLINE_TOTAL_MAX)
     listed: list[dict[str, Any]] = []
     frames: list[bytes | memoryview] = [b""]
     inline = 0
@@ -461,7 +494,7 @@ def encode_infer_reply(
             listed.append({"name": out_name, "datatype": datatype, "shape": shape, "parameters": where})
             continue
         size = len(content)
-        if size <= INLINE_BYTES_MAX and inline + size <= _INLINE_TOTAL_MAX:
+        if size <= each_max and inline + size <= total_max:
             inline += size
             listed.append({"name": out_name, "datatype": datatype, "shape": shape, "data": content})
         else:

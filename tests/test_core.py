@@ -17,7 +17,7 @@ from edged.events import (
     ConfigChanged,
     DevicesChanged,
     KillWorker,
-    LaneReply,
+    LaneClosed,
     Reply,
     RequestArrived,
     RunDone,
@@ -80,6 +80,7 @@ STEPS = st.one_of(
     st.tuples(st.just("lease")),
     *[st.tuples(st.just("infer_leased"), MODELS, st.integers(0, 9), st.sampled_from([0, 500_000]))] * 2,
     st.tuples(st.just("release"), st.integers(0, 9)),
+    st.tuples(st.just("infer_by_lane"), MODELS, st.sampled_from([0, 500_000])),
     st.tuples(st.just("hang_up")),
 )
 FAULTS = {
@@ -103,6 +104,8 @@ def act(world: World, step: tuple[Any, ...]) -> None:
             world.batch_max, world.instances = batch_max, instances
         case ("bad_batches", on):
             world.bad_batches = on
+        case ("infer_by_lane", model, timeout):
+            world.infer(model, client=world.connected(), timeout=timeout)
         case ("burst", model):
             for _ in range(3):
                 world.infer(model)
@@ -737,7 +740,8 @@ def test_no_memory_is_leased_while_it_is_short() -> None:
     world = World()
     world.send(Sampled(sample(free=200 << 20)))
     world.lease()
-    (reply,) = [e for e in world.effects if isinstance(e, LaneReply)]
+    (reply,) = [e for e in world.effects if isinstance(e, Reply)]
+    assert reply.route == (world.lane,)
     assert reply.header["error"]["reason"] == "MEMORY_PRESSURE"
     assert world.core.regions.snapshot()["bytes"] == 0
 
@@ -749,3 +753,38 @@ def test_memory_that_the_system_asks_for_is_given_back_at_any_level() -> None:
     assert [type(e) for e in world.send(Sampled(sample()))].count(ShrinkWorkers) == 0
     low = sample(free=100 * MIB)
     assert [type(e) for e in world.send(Sampled(low, pressed=True))].count(ShrinkWorkers) == 1
+
+
+def test_a_lane_that_ends_takes_its_requests_along() -> None:
+    """Those that wait never run, the one that runs is stopped, others keep their place."""
+    world = ready_world()
+    lane = world.connected()
+    mine = [world.infer(client=lane) for _ in range(5)]
+    other = world.infer()
+    running = list(world.process().runs)
+    effects = world.send(LaneClosed(lane))
+    assert [world.answer(key) for key in mine] == ["CANCELLED_BY_CLIENT"] * 5
+    assert {e.run_id for e in effects if isinstance(e, CancelRun)} == {run.run_id for run in running}
+    world.finish_runs()
+    assert isinstance(world.answer(other), SendResult)
+    assert len(world.process().runs) == 0
+    assert not world.core.scheduler.clients
+
+
+def test_a_lane_is_a_client_like_others() -> None:
+    """Its ids and its bound in flight are its own, and it withdraws only what is its own."""
+    world = ready_world()
+    world.send(ConfigChanged(config(limits__inflight_per_client=2)))
+    lane = world.connected()
+    first = world.infer(client=lane, id=1)
+    second = world.infer(id=1)
+    world.infer(client=lane, id=1)
+    assert world.answers.pop(first) == ["DUPLICATE_ID"]
+    world.asked[first] -= 1
+    third = world.infer(client=lane, id=2)
+    assert world.answer(world.infer(client=lane, id=3)) == "TOO_MANY_IN_FLIGHT"
+    assert world.request("cancel", client=lane, cancel_id=2)["cancelled"]
+    assert world.answer(third) == "CANCELLED_BY_CLIENT"
+    world.finish_runs()
+    assert isinstance(world.answer(first), SendResult)
+    assert isinstance(world.answer(second), SendResult)

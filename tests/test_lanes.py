@@ -70,9 +70,7 @@ def test_a_peer_is_known_by_the_kernels_word(lanes: Lanes, stack: contextlib.Exi
     peer, connection = opened(lanes, stack)
     peer.send(b"hello")
     (packet,) = turn(lanes)
-    assert packet == Packet(
-        connection, lanes_module.Peer(os.getuid(), os.getgid(), os.getpid()), b"hello", False
-    )
+    assert packet == Packet(connection, lanes_module.Peer(os.getuid(), os.getgid(), os.getpid()), b"hello")
     lanes.send(connection, b"answer")
     assert peer.recv(100) == b"answer"
     assert idle(lanes)
@@ -114,14 +112,10 @@ def test_an_oversize_packet_is_cut_and_said_to_be(lanes: Lanes, stack: contextli
     """What follows is read as ever."""
     peer, _ = opened(lanes, stack)
     packets = []
-    for size in (LANE_PACKET_BYTES_MAX, LANE_PACKET_BYTES_MAX + 1, 1):
+    for size in (LANE_PACKET_BYTES_MAX, LANE_PACKET_BYTES_MAX + 1, 2 * LANE_PACKET_BYTES_MAX, 1):
         peer.send(b"x" * size)
         packets += [p for p in turn(lanes) if isinstance(p, Packet)]
-    assert [(len(p.raw), p.truncated) for p in packets] == [
-        (LANE_PACKET_BYTES_MAX, False),
-        (LANE_PACKET_BYTES_MAX, True),
-        (1, False),
-    ]
+    assert [len(p.raw) for p in packets] == [LANE_PACKET_BYTES_MAX, *[LANE_PACKET_BYTES_MAX + 1] * 2, 1]
 
 
 def test_descriptors_from_a_peer_are_not_kept(lanes: Lanes, stack: contextlib.ExitStack) -> None:
@@ -150,7 +144,7 @@ def test_who_does_not_read_is_not_read_from(lanes: Lanes, stack: contextlib.Exit
     """One reply waits for room; with it, so does its descriptor. Nothing is lost when the peer reads."""
     peer, connection = opened(lanes, stack)
     sent = 0
-    while lanes._lanes[connection].waiting is None:
+    while not lanes._lanes[connection].waiting:
         peer.send(b"more")
         (packet,) = turn(lanes)
         assert isinstance(packet, Packet)
@@ -170,7 +164,7 @@ def test_who_does_not_read_is_not_read_from(lanes: Lanes, stack: contextlib.Exit
         assert len(fds) == len(got) % 2
         for fd in fds:
             os.close(fd)
-        if not idle(lanes) and lanes._lanes[connection].waiting is not None:
+        if not idle(lanes) and lanes._lanes[connection].waiting:
             assert lanes.turn() == []
     assert got == list(range(1, sent + 1))
     (packet,) = turn(lanes)
@@ -184,7 +178,7 @@ def test_who_never_reads_and_ends_leaves_nothing(lanes: Lanes, stack: contextlib
     with contextlib.ExitStack() as mine:
         peer, connection = opened(lanes, mine)
         region = 0
-        while lanes._lanes[connection].waiting is None:
+        while not lanes._lanes[connection].waiting:
             region += 1
             lanes.grant(connection, b"take it", region, 4096)
         peer.close()
@@ -192,6 +186,79 @@ def test_who_never_reads_and_ends_leaves_nothing(lanes: Lanes, stack: contextlib
         for each in range(1, region + 1):
             lanes.free(each)
     assert len(os.listdir("/proc/self/fd")) == before
+
+
+def stuffed(lanes: Lanes, connection: int, raw: bytes = b"r" * 1000) -> int:
+    """Sends replies that nobody reads until one waits; how many."""
+    sent = 0
+    while not lanes._lanes[connection].waiting:
+        lanes.send(connection, raw)
+        sent += 1
+        assert sent < 2000
+    return sent
+
+
+def test_replies_that_wait_come_in_order(lanes: Lanes, stack: contextlib.ExitStack) -> None:
+    """Several may, of requests that were in flight together; each is kept as it was when it was sent."""
+    peer, connection = opened(lanes, stack)
+    scratch = bytearray(1000)
+    sent = 0
+    while len(lanes._lanes[connection].waiting) < 50:
+        scratch[:4] = sent.to_bytes(4, "little")
+        lanes.send(connection, memoryview(scratch))
+        sent += 1
+    scratch[:] = bytes(1000)
+    got: list[int] = []
+    while len(got) < sent:
+        got.append(int.from_bytes(peer.recv(2000)[:4], "little"))
+        if not idle(lanes):
+            assert lanes.turn() == []
+    assert got == list(range(sent))
+    assert lanes._waiting_bytes == lanes._lanes[connection].waiting_bytes == 0
+    peer.send(b"read again")
+    (packet,) = turn(lanes)
+    assert isinstance(packet, Packet)
+
+
+@pytest.mark.parametrize("bound", ["WAITING_REPLIES_MAX", "WAITING_BYTES_MAX", "WAITING_TOTAL_BYTES_MAX"])
+def test_beyond_the_bounds_it_is_hung_up_on(
+    lanes: Lanes, stack: contextlib.ExitStack, monkeypatch: pytest.MonkeyPatch, bound: str
+) -> None:
+    """One that never reads, and no other; nothing of it is left."""
+    monkeypatch.setattr(lanes_module, bound, 10 if bound == "WAITING_REPLIES_MAX" else 10_500)
+    peer, connection = opened(lanes, stack)
+    other, calm = opened(lanes, stack)
+    stuffed(lanes, connection)
+    for _ in range(9):
+        lanes.send(connection, b"r" * 1000)
+    assert not lanes.has_lost
+    lanes.send(connection, b"r" * 1000)
+    assert lanes.has_lost
+    assert lanes.lost() == [Closed(connection)]
+    assert lanes._waiting_bytes == 0
+    lanes.send(calm, b"fine")
+    assert other.recv(10) == b"fine"
+    while peer.recv(2000):
+        pass
+    assert idle(lanes)
+
+
+def test_few_descriptors_lie_unread(lanes: Lanes, stack: contextlib.ExitStack) -> None:
+    """The kernel bounds how many may be under way in all, and the workers' count too."""
+    peer, connection = opened(lanes, stack)
+    region = 0
+    while not lanes._lanes[connection].waiting:
+        region += 1
+        lanes.grant(connection, b"take it", region, 4096)
+    assert region < 100
+    assert idle(lanes)
+    for _ in range(region):
+        raw, fds, _, _ = socket.recv_fds(peer, 100, 1)
+        assert (raw, len(fds)) == (b"take it", 1)
+        os.close(fds[0])
+        if not idle(lanes):
+            lanes.turn()
+    assert not lanes._lanes[connection].waiting
 
 
 def test_one_peer_too_many_is_told_so(lanes: Lanes, stack: contextlib.ExitStack) -> None:

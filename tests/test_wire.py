@@ -18,6 +18,7 @@ from edged.tensors import DATATYPES
 from edged.wire import (
     ID_INT_MAX,
     INLINE_BYTES_MAX,
+    LANE_PACKET_BYTES_MAX,
     WireError,
     WireLimits,
     cut,
@@ -26,6 +27,7 @@ from edged.wire import (
     encode,
     encode_infer_reply,
     input_data,
+    lane_packet,
     leased_input,
     region_reference,
     timing_parameters,
@@ -485,14 +487,18 @@ def test_a_landed_output_is_told_by_where_it_lies() -> None:
     assert z["data"] == b"\0" * 4
 
 
-def lane(packet: Any, *, truncated: bool = False) -> Any:
+def lane(packet: Any) -> Any:
     """What the daemon makes of a packet on the lease socket."""
     raw = packet if isinstance(packet, bytes) else msgpack.packb(packet)
-    return decode_lane_request(raw, truncated=truncated)
+    return decode_lane_request(raw, LIMITS)
 
 
 def test_what_the_lease_socket_takes() -> None:
-    """Two methods."""
+    """Its own two methods, and those of edged.sock, which come out as they do there."""
+    for method in sorted(m for m, home in METHODS.items() if home in ("infer", "both")):
+        header = {**INFER, "method": method, "cancel_id": 3}
+        there, here = msgspec.structs.asdict(decode(header)), msgspec.structs.asdict(lane(header))
+        assert there == {key: here[key] for key in there}
     assert lane({"method": "lease_acquire", "id": 1, "byte_size": 9}).byte_size == 9
     assert lane({"v": 1, "method": "lease_release", "id": "a", "region": "r"}).region == "r"
 
@@ -505,8 +511,10 @@ def test_what_the_lease_socket_takes() -> None:
         ({"method": "lease_acquire", "id": 7, "byte_size": True}, "INVALID_ARGUMENT", "BAD_HEADER"),
         ({"method": "lease_acquire", "id": 7, "byte_size": 1.5}, "INVALID_ARGUMENT", "BAD_HEADER"),
         ({"method": "lease_release", "id": 7, "region": b"r"}, "INVALID_ARGUMENT", "BAD_HEADER"),
-        ({"method": "model_infer", "id": 7}, "UNIMPLEMENTED", "WRONG_SOCKET"),
-        ({"method": "server_live", "id": 7}, "UNIMPLEMENTED", "WRONG_SOCKET"),
+        ({"method": "server_status", "id": 7}, "UNIMPLEMENTED", "WRONG_SOCKET"),
+        ({"method": "repository_model_load", "id": 7}, "UNIMPLEMENTED", "WRONG_SOCKET"),
+        ({**INFER, "id": 7, "inputs": [frame("x", 0)]}, "INVALID_ARGUMENT", "MISSING_FRAME"),
+        ({**INFER, "id": 7, "must_understand": ["region"]}, "UNIMPLEMENTED", "MUST_UNDERSTAND"),
         ({"method": "dance", "id": 7}, "UNIMPLEMENTED", "UNKNOWN_METHOD"),
         ({"method": "lease_release", "v": 2, "id": 7, "region": "r"}, "UNIMPLEMENTED", "PROTOCOL_VERSION"),
         (
@@ -526,8 +534,9 @@ def test_what_the_lease_socket_refuses(packet: Any, code: str, reason: str) -> N
 
 def test_a_packet_that_was_cut_is_not_read() -> None:
     """Whatever its beginning says."""
+    packet = msgpack.packb({"method": "lease_acquire", "id": 1, "byte_size": 9, "pad": b"x" * 70_000})
     with pytest.raises(WireError) as caught:
-        lane({"method": "lease_acquire", "id": 1, "byte_size": 9}, truncated=True)
+        lane(packet[: LANE_PACKET_BYTES_MAX + 1])
     assert caught.value.error.reason == "HEADER_TOO_LARGE"
     assert caught.value.request_id is None
 
@@ -542,7 +551,26 @@ def test_any_packet_is_a_request_or_a_wire_error(data: st.DataObject) -> None:
     except WireError as e:
         encode({"id": e.request_id, "error": e.error.to_wire()})
     else:
-        assert METHODS[request.method] == "lease"
+        assert METHODS[request.method] != "admin"
+
+
+def test_a_reply_that_is_one_packet() -> None:
+    """All that fits is inline, larger than over ZeroMQ; what does not is an error that says what to do."""
+
+    def reply(*sizes: int) -> Any:
+        outputs = [(f"y{at}", "UINT8", [size], bytes(size)) for at, size in enumerate(sizes)]
+        frames = encode_infer_reply(4, "m", "1", outputs, {}, in_one=True)
+        packet = lane_packet(frames, 4)
+        assert len(packet) <= LANE_PACKET_BYTES_MAX
+        return msgpack.unpackb(packet)
+
+    assert [len(tensor["data"]) for tensor in reply(1, 60_000, 5_000)["outputs"]] == [1, 60_000, 5_000]
+    for sizes in ((65_500,), (65_536,), (70_000,), (40_000, 40_000), (1, 1 << 20)):
+        answer = reply(*sizes)
+        assert answer["id"] == 4
+        assert answer["error"]["reason"] == "REPLY_TOO_LARGE"
+    index = encode({"id": 4, "models": ["x" * 70_000]})
+    assert msgpack.unpackb(lane_packet([index], 4))["error"]["code"] == "RESOURCE_EXHAUSTED"
 
 
 # ---- anything at all ------------------------------------------------------------------------------------

@@ -61,7 +61,7 @@ from edged.events import (
     WorkerHello,
 )
 from edged.instances import Instance, InstanceState, Machine
-from edged.messages import InputTensor, LaneRequest, OutputRef, Peer, Request, RequestId
+from edged.messages import InputTensor, LaneRequest, OutputRef, Peer, Request, RequestId, Route
 from edged.repository import Entry, FileStamp, Snapshot
 from edged.resources import Sample
 from edged.scheduler import JobState
@@ -181,8 +181,8 @@ class World:
         """Reasons by (name-content digest), by Candidate, or by both."""
         self.exits = 0
         self.readies = 0
-        self.asked: Counter[tuple[bytes, RequestId]] = Counter()
-        self.answers: dict[tuple[bytes, RequestId], list[Any]] = {}
+        self.asked: Counter[tuple[bytes | int, RequestId]] = Counter()
+        self.answers: dict[tuple[bytes | int, RequestId], list[Any]] = {}
         self.lane: int | None = None
         self.leased: list[str] = []
         """The names of regions, in the order in which they were granted."""
@@ -311,10 +311,12 @@ class World:
 
     # ------------------------------------------------------------------ requests
 
-    def request(self, method: str, *, client: bytes = b"\0c", id: RequestId = None, **fields: Any) -> Any:
+    def request(
+        self, method: str, *, client: bytes | int = b"\0c", id: RequestId = None, **fields: Any
+    ) -> Any:
         """A call of a method that is answered at once: the reply's header."""
         socket = "admin" if method.startswith(("repository_model", "server_status", "log_")) else "infer"
-        event = RequestArrived((client, b""), socket, PEER, Request(method, id=id, **fields))
+        event = RequestArrived(route_of(client), socket, PEER, Request(method, id=id, **fields))
         replies = [e for e in self.send(event) if isinstance(e, Reply) and e.header.get("id") == id]
         assert len(replies) == 1, f"{method} was answered {len(replies)} times"
         return replies[0].header
@@ -323,15 +325,15 @@ class World:
         self,
         model: str = "m",
         *,
-        client: bytes = b"\0c",
+        client: bytes | int = b"\0c",
         peer: Peer = PEER,
         version: str = "",
         id: RequestId = None,
         size: int = 2,
         region: str | None = None,
         **parameters: Any,
-    ) -> tuple[bytes, RequestId]:
-        """Sends an inference; the key under which its answers are listed."""
+    ) -> tuple[bytes | int, RequestId]:
+        """Sends an inference, over ZeroMQ or by lane; the key under which its answers are listed."""
         key = client, f"r{next(self._serial)}" if id is None else id
         self.asked[key] += 1
         where = {"shared_memory_region": region, "shared_memory_byte_size": 4 * size}
@@ -351,16 +353,21 @@ class World:
             outputs=[OutputRef("y", where)] if region else None,
             parameters=parameters or None,
         )
-        self.send(RequestArrived((client, b""), "infer", peer, request))
+        self.send(RequestArrived(route_of(client), "infer", peer, request))
         return key
 
-    def lease(self, nbytes: int = 4096) -> str:
-        """Acquires a region, on a connection that is made where there is none; its name."""
+    def connected(self) -> int:
+        """The connection to the lease socket, made where there is none."""
         if self.lane is None:
             self.lane = next(self._serial)
             self.send(LaneOpened(self.lane, PEER))
+        return self.lane
+
+    def lease(self, nbytes: int = 4096) -> str:
+        """Acquires a region; its name."""
+        lane = self.connected()
         name = f"{next(self._serial):032x}"
-        self.send(LanePacket(self.lane, PEER, LaneRequest("lease_acquire", byte_size=nbytes), name))
+        self.send(LanePacket(lane, PEER, LaneRequest("lease_acquire", byte_size=nbytes), name))
         return name
 
     def release(self, name: str) -> None:
@@ -375,7 +382,7 @@ class World:
             self.lane = None
             self.leased.clear()
 
-    def answer(self, key: tuple[bytes, RequestId]) -> Any:
+    def answer(self, key: tuple[bytes | int, RequestId]) -> Any:
         """The one answer to a request so far, None while there is none: a reason, or the result."""
         found = self.answers.get(key, [])
         assert len(found) <= 1
@@ -625,6 +632,11 @@ class World:
     def reasons(self) -> dict[tuple[str, str], str]:
         """State by name and version, as `repository_index` tells it."""
         return {(r["name"], r["version"]): r["state"] for r in self.request("repository_index")["models"]}
+
+
+def route_of(client: bytes | int) -> Route:
+    """Where a client's replies go."""
+    return (client,) if isinstance(client, int) else (client, b"")
 
 
 def info_of(spec: dict[str, Any], *, batch_max: int = 1, instances: int = 1) -> dict[str, Any]:

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import mmap
 import os
 import select
 import signal
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -21,81 +19,7 @@ import pytest
 
 from tests import zoo
 from tests.e2e.harness import WAIT_S, Daemon, Raw, code_of, descendants, running_daemon, until
-
-
-class Lane:
-    """A connection to lease.sock."""
-
-    def __init__(self, daemon: Daemon) -> None:
-        self.socket = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.socket.settimeout(WAIT_S)
-        self.socket.connect(str(daemon.run_dir / "lease.sock"))
-        self._ids = 0
-
-    def call(self, method: str, **fields: Any) -> tuple[dict[str, Any], list[int]]:
-        """One request; its reply, and the descriptors that came with it."""
-        self._ids += 1
-        self.socket.send(msgpack.packb({"method": method, "id": self._ids, **fields}))
-        return self.reply(self._ids)
-
-    def reply(self, wanted: Any) -> tuple[dict[str, Any], list[int]]:
-        """The next reply."""
-        raw, fds, _, _ = socket.recv_fds(self.socket, 65536, 4)
-        assert raw, "the daemon hung up"
-        header = msgpack.unpackb(raw)
-        assert header["id"] == wanted
-        return header, fds
-
-    def acquire(self, byte_size: int) -> Leased:
-        """A region, mapped."""
-        header, fds = self.call("lease_acquire", byte_size=byte_size)
-        assert "error" not in header, header
-        return Leased(header["region"], header["byte_size"], fds[0])
-
-    def release(self, region: str) -> dict[str, Any]:
-        """Gives a region back."""
-        return self.call("lease_release", region=region)[0]
-
-    def close(self) -> None:
-        """Ends the connection, and its leases."""
-        self.socket.close()
-
-    def __enter__(self) -> Lane:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-
-class Leased:
-    """A region as the client sees it."""
-
-    def __init__(self, name: str, nbytes: int, fd: int) -> None:
-        self.name = name
-        self.nbytes = nbytes
-        self.memory = mmap.mmap(fd, nbytes)
-        os.close(fd)
-
-    def array(self, shape: tuple[int, ...], dtype: Any = np.float32, offset: int = 0) -> Any:
-        """A view of the memory."""
-        return np.ndarray(shape, dtype, self.memory, offset)
-
-    def where(self, nbytes: int, offset: int = 0) -> dict[str, Any]:
-        """The parameters that name a piece of it."""
-        return {
-            "shared_memory_region": self.name,
-            "shared_memory_offset": offset,
-            "shared_memory_byte_size": nbytes,
-        }
-
-    def tensor(self, name: str, shape: tuple[int, ...], datatype: str, nbytes: int, offset: int = 0) -> Any:
-        """An input that lies in it."""
-        return {
-            "name": name,
-            "datatype": datatype,
-            "shape": list(shape),
-            "parameters": self.where(nbytes, offset),
-        }
+from tests.e2e.lanes import Lane
 
 
 @pytest.fixture(scope="module")
@@ -351,7 +275,7 @@ def test_a_connection_has_a_bounded_number_of_regions(daemon: Daemon, lane: Lane
         ({"method": "lease_acquire", "id": 5, "byte_size": -1}, "INVALID_ARGUMENT", "BAD_REGION"),
         ({"method": "lease_acquire", "id": 5, "byte_size": 2**63}, "INVALID_ARGUMENT", "BAD_REGION"),
         ({"method": "lease_acquire", "id": 5, "byte_size": 1 << 39}, "RESOURCE_EXHAUSTED", "LEASE_QUOTA"),
-        ({"method": "model_infer", "id": 5}, "UNIMPLEMENTED", "WRONG_SOCKET"),
+        ({"method": "server_status", "id": 5}, "UNIMPLEMENTED", "WRONG_SOCKET"),
         (b"\xc1", "INVALID_ARGUMENT", "BAD_HEADER"),
         (b"\x91" * 3000, "INVALID_ARGUMENT", "BAD_HEADER"),
         (b"x" * 65537, "RESOURCE_EXHAUSTED", "HEADER_TOO_LARGE"),
