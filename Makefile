@@ -9,10 +9,10 @@ STAMP  := $(VENV)/.stamp
 BENCH_STAMP := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test check format bench clean
+.PHONY: help setup demo run test test-device check format bench deb clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
 
 setup: $(STAMP)  ## make the virtual environment, with everything in it
 
@@ -48,6 +48,10 @@ bench: $(BENCH_STAMP)  ## measure (25 minutes) and write docs/benchmarks.md; QUI
 $(BENCH_STAMP): $(STAMP)
 	@$(BIN)/python -m pip --disable-pip-version-check --no-input -q install -e '.[bench]'
 	@touch $@
+
+# RELEASE=trixie or noble, ARCH=arm64: built on any machine, since nothing that is packaged is run.
+deb: $(STAMP)  ## build the Debian packages into dist/deb (RELEASE=bookworm, ARCH=this machine's)
+	@$(BIN)/python packaging/deb/build.py $(if $(RELEASE),--release $(RELEASE)) $(if $(ARCH),--arch $(ARCH))
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
