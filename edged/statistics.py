@@ -48,7 +48,7 @@ class Histogram:
         for index, n in enumerate(self._counts):
             seen += n
             if n and seen >= rank:
-                return index if index < 16 else (index % _SUB + _SUB) << (index // _SUB - 1)
+                return _lower_edge_us(index)
         return 0
 
     def below(self, powers: Iterable[int]) -> list[int]:
@@ -59,6 +59,15 @@ class Histogram:
         """Counts what another has counted, too."""
         self._counts = [mine + theirs for mine, theirs in zip(self._counts, other._counts, strict=True)]
         self.count += other.count
+
+    def buckets(self) -> list[list[int]]:
+        """`[lower edge in µs, count]` of each bucket that holds anything: two of these, taken at two times,
+        tell the quantiles of the time between."""
+        return [[_lower_edge_us(index), n] for index, n in enumerate(self._counts) if n]
+
+
+def _lower_edge_us(index: int) -> int:
+    return index if index < 16 else (index % _SUB + _SUB) << (index // _SUB - 1)
 
 
 class ModelStatistics:
@@ -145,6 +154,7 @@ class ModelStatistics:
                 "p90": quantile(0.9),
                 "p99": quantile(0.99),
                 "count": self.histogram.count,
+                "buckets": self.histogram.buckets(),
             },
         }
 

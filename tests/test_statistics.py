@@ -26,6 +26,19 @@ def test_a_bucket_is_at_most_an_eighth_wide(value: int) -> None:
         assert found == value
 
 
+def test_buckets_tell_what_came_between_two_looks() -> None:
+    """Only those that hold something, by their lower edges, in order."""
+    histogram = Histogram()
+    assert histogram.buckets() == []
+    for value in (3, 3, 100, 5000):
+        histogram.add(value)
+    before = dict(histogram.buckets())
+    assert before == {3: 2, 96: 1, 4608: 1}
+    histogram.add(101)
+    after = dict(histogram.buckets())
+    assert {edge: n - before.get(edge, 0) for edge, n in after.items() if n != before.get(edge)} == {96: 1}
+
+
 @pytest.mark.parametrize("value", [-5, 2**60, 2**80])
 def test_absurd_latencies_are_counted_all_the_same(value: int) -> None:
     """A clock's jump must not raise on the hot path."""

@@ -202,6 +202,17 @@ def _add_bad_day(commands: argparse._SubParsersAction[Any]) -> None:
     )
     sub.add_argument("model", metavar="MODEL", help="the model's name")
 
+    sub = _command(commands, "top", "show what goes on, live: requests, latencies, queues, memory, heat")
+    sub.add_argument("--once", action="store_true", help="one interval, then end")
+    sub.add_argument(
+        "--interval", metavar="S", type=_seconds, default=1.0, help="seconds between two looks (default 1)"
+    )
+    sub.add_argument(
+        "--sort",
+        choices=("requests", "latency", "memory", "name"),
+        default="requests",
+        help="the order of the models (default requests)",
+    )
     sub = _command(
         commands, "logs", "show the daemon's journal, or one model's part of it", timeout_s=_LOGS_ASK_S
     )
@@ -277,7 +288,7 @@ def _count(text: str) -> int:
 
 def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
     """The commands' code, imported when one of them runs: `--help` and completion need no numpy."""
-    from edged.cli import bench, commands, doctor, explain, logs, updates
+    from edged.cli import bench, commands, doctor, explain, logs, top, updates
 
     return {
         "put": updates.put,
@@ -293,6 +304,7 @@ def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
         "bench": bench.bench,
         "doctor": doctor.doctor,
         "logs": logs.logs,
+        "top": top.top,
         "explain": explain.explain_command,
     }
 

@@ -8,7 +8,7 @@ _edgectl() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
         case "$word" in
-            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|doctor|explain|logs|completion) command="$word"; break ;;
+            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|doctor|explain|top|logs|completion) command="$word"; break ;;
         esac
     done
     case "$command:$prev" in
@@ -16,10 +16,11 @@ _edgectl() {
         put:--settings) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         infer:--npz) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         bench:--onnx) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
-        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--unit|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
+        top:--sort) mapfile -t COMPREPLY < <(compgen -W "requests latency memory name" -- "$cur"); return ;;
+        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--unit|*:--interval|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
     esac
     if [[ -z "$command" ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench doctor explain logs completion -h --help --version --json --endpoint" -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench doctor explain top logs completion -h --help --version --json --endpoint" -- "$cur")
         return
     fi
     if [[ "$cur" == -* ]]; then
@@ -37,6 +38,7 @@ _edgectl() {
             bench) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version --seconds --clients --rate --shape --onnx --no-bare" -- "$cur") ;;
             doctor) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --all --unit" -- "$cur") ;;
             explain) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
+            top) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --once --interval --sort" -- "$cur") ;;
             logs) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -f --follow -n --lines --since -x --explain --unit" -- "$cur") ;;
             completion) mapfile -t COMPREPLY < <(compgen -W "-h --help" -- "$cur") ;;
         esac

@@ -2,7 +2,16 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
+import select
+import signal
+import struct
+import subprocess
+import sys
+import termios
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,7 +21,7 @@ import pytest
 
 from edged.cli.edgectl import main
 from tests import zoo
-from tests.e2e.harness import Daemon, running_daemon
+from tests.e2e.harness import ROOT, WAIT_S, Daemon, running_daemon, until
 
 pytestmark = pytest.mark.e2e
 
@@ -126,12 +135,15 @@ def test_explain_tells_of_a_crash_and_of_the_restart(daemon: Daemon, edgectl: Ed
     zoo.write(daemon.models / "hit.onnx", zoo.versioned(1))
     row = daemon.wait_ready("hit")
     psutil.Process(row["pid"]).kill()
-    daemon.wait_row("hit", lambda r: r["serving"] and r["pid"] not in (None, row["pid"]), "is restarted")
-    daemon.wait_ready("hit")
+
+    def is_restarted() -> bool:
+        history = daemon.client.server_status("hit")["history"]
+        return "worker_restarted" in [each["event"] for each in history]
+
+    until(is_restarted, what="it is restarted")
     document = edgectl.json("explain", "hit")
     events = [each["event"] for each in document["history"]]
-    assert "worker_crashed" in events
-    assert events[-1] == "worker_restarted"
+    assert events.index("worker_crashed") < events.index("worker_restarted")
     crash = next(each for each in document["history"] if each["event"] == "worker_crashed")
     assert "SIGKILL" in crash["fields"]["REASON"]
     assert "edgectl logs hit" in document["next"]
@@ -167,3 +179,114 @@ def test_logs_of_a_daemon_that_was_started_by_hand_come_from_its_standard_error(
     code, _, err = edgectl("logs", "--since", "today")
     assert code == 1
     assert "--since is the journal's" in err
+
+
+# ---- top ------------------------------------------------------------------------------------------------
+
+
+def test_top_once_shows_one_interval(daemon: Daemon, edgectl: Edgectl) -> None:
+    """As text for a pipe, and as JSON for a script."""
+    code, out, _ = edgectl("top", "--once", "--interval", "0.1")
+    assert code == 0
+    assert "edged " in out
+    assert "REQ/S" in out
+    assert "numbered" in out
+    assert "\x1b" not in out
+    document = edgectl.json("top", "--interval", "0.1")
+    model = next(each for each in document["models"] if each["name"] == "numbered")
+    assert model["requests_per_s"] == 0.0
+    assert document["resources"]["level"]
+
+
+class Terminal:
+    """`edgectl top` on a terminal of its own, whose keys and signals are the test's."""
+
+    def __init__(self, endpoint: str) -> None:
+        self.master, slave = pty.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("4H", 24, 80, 0, 0))
+        self.before = termios.tcgetattr(slave)
+        self._slave = slave
+        command = [
+            sys.executable,
+            "-m",
+            "edged.cli.edgectl",
+            "top",
+            "--endpoint",
+            endpoint,
+            "--interval",
+            "0.2",
+        ]
+        environ = {**os.environ, "PYTHONPATH": str(ROOT), "TERM": "xterm", "LINES": "", "COLUMNS": ""}
+        self.process = subprocess.Popen(
+            command, stdin=slave, stdout=slave, stderr=slave, env=environ, cwd=ROOT
+        )
+        self.output = ""
+
+    def __enter__(self) -> Terminal:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.poll() is None:
+            self.process.kill()
+        self.process.wait(WAIT_S)
+        os.close(self.master)
+        os.close(self._slave)
+
+    def read(self) -> str:
+        """All that came so far."""
+        while select.select([self.master], [], [], 0)[0]:
+            self.output += os.read(self.master, 65536).decode("utf-8", "replace")
+        return self.output
+
+    def shows(self, words: str) -> None:
+        """Waits until the words come, from now on."""
+        self.read()
+        start = len(self.output)
+        until(lambda: words in self.read()[start:], what=lambda: f"{words!r} in {self.output[start:]!r}")
+
+    def key(self, key: str) -> None:
+        """Presses a key."""
+        os.write(self.master, key.encode())
+
+    def is_as_before(self) -> bool:
+        """Whether the terminal's settings are those of the start, and its screen was given back."""
+        return termios.tcgetattr(self._slave) == self.before and "\x1b[?1049l" in self.read()
+
+
+def test_top_lives_on_a_terminal_and_gives_it_back_at_q(daemon: Daemon) -> None:
+    """Rates appear, s changes the order, q ends it with 0."""
+    with Terminal(daemon.endpoint) as terminal:
+        terminal.shows("q quits, s sorts (by requests)")
+        daemon.number("numbered")
+        terminal.shows("requests ")
+        terminal.key("s")
+        terminal.shows("by latency")
+        terminal.key("q")
+        assert terminal.process.wait(WAIT_S) == 0
+        assert terminal.is_as_before()
+        assert terminal.output.endswith("\x1b[?1049l")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
+def test_top_gives_the_terminal_back_when_it_is_told_to_end(daemon: Daemon, number: int) -> None:
+    """By a signal as well as by a key."""
+    with Terminal(daemon.endpoint) as terminal:
+        terminal.shows("q quits")
+        terminal.process.send_signal(number)
+        assert terminal.process.wait(WAIT_S) == 0
+        assert terminal.is_as_before()
+
+
+def test_top_survives_a_restart_of_the_daemon(tmp_path: Path) -> None:
+    """It says that the daemon is away, and goes on when it is back."""
+    with running_daemon(tmp_path / "d", models={"numbered.onnx": zoo.versioned(1)}) as daemon:
+        daemon.wait_ready("numbered")
+        with Terminal(daemon.endpoint) as terminal:
+            terminal.shows("numbered")
+            daemon.stop()
+            terminal.shows("waiting for the daemon")
+            daemon.start()
+            terminal.shows("numbered")
+            terminal.key("q")
+            assert terminal.process.wait(WAIT_S) == 0
+            assert terminal.is_as_before()
