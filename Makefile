@@ -9,10 +9,10 @@ STAMP  := $(VENV)/.stamp
 BENCH_STAMP := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test test-device check format bench deb clean
+.PHONY: help setup demo run test test-device check format bench bench-peers deb clean
 
 help:  ## say what there is
-	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
 
 setup: $(STAMP)  ## make the virtual environment, with everything in it
 
@@ -42,8 +42,15 @@ format: $(STAMP)  ## put the sources into their one form
 	@$(BIN)/ruff check --fix .
 	@$(BIN)/ruff format .
 
-bench: $(BENCH_STAMP)  ## measure (25 minutes) and write docs/benchmarks.md; QUICK=1 only sees that it runs
+bench: $(BENCH_STAMP) .venv-peers/fastapi  ## measure (25 minutes) and write docs/benchmarks.md; QUICK=1 only sees that it runs
 	@$(BIN)/python -m bench.run $(if $(QUICK),--quick)
+
+bench-peers: $(BENCH_STAMP)  ## measure other servers beside edged, each in an environment of its own
+	@$(BIN)/python -m bench.peers --setup
+	@$(BIN)/python -m bench.peers $(if $(QUICK),--quick)
+
+.venv-peers/fastapi: $(BENCH_STAMP)
+	@$(BIN)/python -m bench.peers --setup fastapi
 
 $(BENCH_STAMP): $(STAMP)
 	@$(BIN)/python -m pip --disable-pip-version-check --no-input -q install -e '.[bench]'
@@ -54,5 +61,5 @@ deb: $(STAMP)  ## build the Debian packages into dist/deb (RELEASE=bookworm, ARC
 	@$(BIN)/python packaging/deb/build.py $(if $(RELEASE),--release $(RELEASE)) $(if $(ARCH),--arch $(ARCH))
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .run .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
+	rm -rf $(VENV) .venv-peers .run .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

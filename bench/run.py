@@ -19,7 +19,7 @@ from bench.report import Section, machine, table
 
 __all__ = ["NAMES", "document", "main"]
 
-NAMES = ("overhead", "models", "batching", "overload", "idle", "swaps")
+NAMES = ("overhead", "peers", "models", "batching", "overload", "idle", "loadgen", "cuda", "swaps")
 
 INTRODUCTION = """# Benchmarks
 

@@ -7,7 +7,9 @@ costs.
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import http.client
 import json
 import os
 import socket
@@ -29,6 +31,9 @@ __all__ = ["TIMEOUT_S", "Target", "dealer", "frames_of", "input_of", "opened"]
 TIMEOUT_S = 60.0
 """Of each request: a benchmark ends, whatever happens to who is asked."""
 
+BINARY = "Content-Type: application/octet-stream"
+"""Of HTTP, where the server wants to be told nothing else."""
+
 INLINE_BYTES_MAX = 16 * 1024
 """As the Python client does it: below, a tensor is in the header, above it has a frame of its own."""
 
@@ -40,7 +45,8 @@ class Target:
     `way` says how: `client` is `edged.Client`, `fast` the same over the fast lane, `lease` the same with the
     input in the app's own lease, `frames` a bare DEALER with a message made beforehand (an echo takes it
     too), `defaults` ONNX Runtime in process with nothing set, `settings` a runtime in process as edged's
-    worker sets it up, `http` a POST of the raw bytes over one connection that is kept.
+    worker sets it up, `post` a POST of the raw bytes by Python's own HTTP client over one connection that is
+    kept, from array to array, `http` the same by a bare socket with a request made beforehand.
     """
 
     way: str
@@ -92,6 +98,8 @@ def opened(target: Target) -> Iterator[Ask]:
                 yield _session(target, array)
             case "settings":
                 yield _as_the_worker(target, array)
+            case "post":
+                yield _post(stack, target, array)
             case "http":
                 yield _http(stack, target, array)
             case _:
@@ -174,24 +182,47 @@ def dealer(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
 
 def _http(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
     """A bare socket and a request made beforehand: what a library for HTTP would add is not the server's."""
-    import base64
-
     body = base64.b64decode(target.prefix_b64) + array.tobytes()
     lines = [f"POST /{target.model} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
-    lines += target.headers or ("Content-Type: application/octet-stream",)
+    lines += target.headers or (BINARY,)
     request = "\r\n".join([*lines, "", ""]).encode() + body
-    if target.endpoint.startswith("unix:"):
-        sock = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
-        sock.connect(target.endpoint[len("unix:") :])
-    else:
-        host, _, port = target.endpoint.rpartition(":")
-        sock = stack.enter_context(socket.create_connection((host, int(port))))
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-    sock.settimeout(TIMEOUT_S)
+    sock = stack.enter_context(_connected(target.endpoint))
 
     def ask() -> bytes:
         sock.sendall(request)
         return _read_response(sock)
+
+    return ask
+
+
+def _connected(endpoint: str) -> socket.socket:
+    if endpoint.startswith("unix:"):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.connect(endpoint[len("unix:") :])
+    else:
+        host, _, port = endpoint.rpartition(":")
+        sock = socket.create_connection((host, int(port)))
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+    sock.settimeout(TIMEOUT_S)
+    return sock
+
+
+def _post(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
+    """As an app in Python would do it that wants to be quick: what it has and what it gets are arrays."""
+    connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT_S)
+    connection.sock = stack.enter_context(_connected(target.endpoint))
+    headers = dict(line.split(": ", 1) for line in target.headers) or dict([BINARY.split(": ", 1)])
+    prefix = base64.b64decode(target.prefix_b64)
+    path = f"/{target.model}"
+
+    def ask() -> np.ndarray:
+        body = array.tobytes()
+        connection.request("POST", path, prefix + body if prefix else body, headers)
+        response = connection.getresponse()
+        answer = response.read()
+        if response.status != 200:
+            raise RuntimeError(f"unexpected answer: {response.status} {answer[:200]!r}")
+        return np.frombuffer(answer, np.uint8)
 
     return ask
 

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
 import socket
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
+import onnx
 import pytest
 
-from bench import overhead
+from bench import cuda, loadgen, overhead, peers
 from bench.crowd import Crowd
 from bench.harness import Daemon
 from bench.load import (
@@ -29,6 +33,9 @@ from bench.report import Claim, Section, at_least, at_most, not_measured, table
 from bench.run import NAMES, document, main
 from bench.targets import Target, _read_response, opened
 from tests import zoo
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # only effective before the import
+import onnxruntime as ort
 
 SHORT = Effort(slots=1, slot_s=0.02, open_s=0.1, swaps=1, pause_s=0.0)
 
@@ -153,6 +160,56 @@ def test_http_response_is_read_however_it_arrives(cut: int) -> None:
         theirs.sendall(response.replace(b"200 OK", b"500 NO"))
         with pytest.raises(RuntimeError, match="unexpected answer"):
             _read_response(ours)
+
+
+def test_loadgen_summary_is_read_by_its_own_words() -> None:
+    """Each figure is found under its label, in the unit that is shown; its absence is an error."""
+    summary = "Scenario : SingleStream\n90.00 percentile latency (ns)   : 2500000\nSamples per second: 17.5\n"
+    assert loadgen.figure_of(summary, "SingleStream") == 2.5
+    assert loadgen.figure_of(summary, "Offline") == 17.5
+    with pytest.raises(RuntimeError, match=r"99\.00 percentile"):
+        loadgen.figure_of(summary, "Server")
+
+
+def test_gpu_is_missed_with_a_reason() -> None:
+    """Without a GPU the section says so, and no goal of its is reached or missed."""
+    if not cuda.missing():
+        pytest.skip("there is a GPU here")
+    section = cuda.measure(lambda _: None, SHORT)
+    assert [claim.held for claim in section.claims] == [None]
+    assert cuda.missing() in section.text
+
+
+def test_batches_of_resnet_are_rows_that_stand_alone() -> None:
+    """The graph that comes with a batch of one takes any, and a row's answer stays the same."""
+    session = ort.InferenceSession(cuda.with_batches(onnx.load(str(zoo.real("resnet50")))))
+    x = np.random.default_rng(0).normal(0, 1, (2, 3, 224, 224)).astype(np.float32)
+    (spec,) = session.get_inputs()
+    (both,) = session.run(None, {spec.name: x})
+    (second,) = session.run(None, {spec.name: x[1:]})
+    assert both.shape == (2, 1000)
+    assert np.allclose(both[1], second[0], rtol=1e-3, atol=1e-5)
+
+
+def test_peer_that_is_not_set_up_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No environment is a reason and not a crash, and one that did not install says why."""
+    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
+    (peer, *_) = peers.PEERS
+    with pytest.raises(peers.PeerFailed, match="make bench-peers"):
+        peers.check_set_up(peer)
+    peer.refusal.write_text("it does not install here: no wheel\n")
+    with pytest.raises(peers.PeerFailed, match="no wheel"):
+        peers.check_set_up(peer)
+
+
+def test_figures_are_held_against_the_better_way_to_the_yardstick() -> None:
+    """A server that can be reached by two ways is the faster of them, in each figure by itself."""
+    measured = peers.Figures(
+        {"edged": [1.0], "FastAPI, unix": [2.0], "FastAPI, tcp": [4.0]},
+        {"edged": [3.0], "FastAPI, unix": [2.0], "FastAPI, tcp": [1.0]},
+        {"edged": 90.0, "FastAPI, unix": 30.0, "FastAPI, tcp": 45.0},
+    )
+    assert measured.over("edged") == (0.5, 3.0, 2.0)
 
 
 @pytest.mark.e2e
