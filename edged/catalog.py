@@ -77,7 +77,8 @@ _EVENTS: dict[str, Event] = {
         "fe2f49cc9c194cd0a0bfd71b4985d6a3",
         "info",
         "The configuration was read again",
-        "The new settings hold. DETAIL names those that need a restart to take effect, if there are any.",
+        "CHANGED names the settings that hold from now on, NEEDS_RESTART those that will at the next start; "
+        "without either nothing was different. `systemctl restart edged` when it suits.",
     ),
     "config_rejected": Event(
         "5e2f7e50a87c430db53fdf41b829126e",
@@ -160,6 +161,20 @@ _EVENTS: dict[str, Event] = {
         "An entry of the models folder was refused",
         "PATH is not something that can be served; REASON and DETAIL say why (its name, its settings, two "
         "entries with one name, an empty or unreadable file).",
+    ),
+    "disk_stalled": Event(
+        "f9bc78a13fdd4c8491a39c6bcb681db4",
+        "warning",
+        "A disk does not answer",
+        "One task on the models folder or the state directory has taken DURATION_MS so far. What serves "
+        "goes on; new files are not seen until it ends. Look at disks and mounts (dmesg, `findmnt`). Copying "
+        "a huge model from a slow one takes long, too.",
+    ),
+    "disk_answers": Event(
+        "1a3b19368abc4cac9016bb26830d02cf",
+        "info",
+        "The disk answers again",
+        "The task has ended, and new files are seen again. Nothing to do.",
     ),
     "store_failed": Event(
         "316d183f4bd1443f8cd97a2de30b716c",

@@ -83,7 +83,7 @@ class Children:
         self,
         *,
         loop: Loop,
-        step: Callable[[Event], None],
+        step: Callable[[Event], object],
         region_fd: Callable[[int], int],
         pythons: Mapping[str, str],
         environ: Mapping[str, str],

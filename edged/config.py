@@ -40,6 +40,7 @@ __all__ = [
     "ServerConfig",
     "StoreConfig",
     "Tolerance",
+    "flattened",
     "load_config",
     "parse_model_settings",
     "render_documentation",
@@ -1112,6 +1113,19 @@ def _assemble(
             name: RuntimeConfig(str(runtimes[name]) if name in runtimes else None) for name in RUNTIMES
         },
     )
+
+
+def flattened(config: Config) -> dict[str, object]:
+    """Every setting by its name in `edged.toml`: `{"limits.frames": 64, …}`."""
+    plain: dict[str, object] = {
+        f"{section}.{key.name}": getattr(getattr(config, section), key.field)
+        for section, (_text, _type, keys) in _SECTIONS.items()
+        for key in keys
+    }
+    for runtime in RUNTIMES:
+        for key in _RUNTIME_KEYS:
+            plain[f"runtimes.{runtime}.{key.name}"] = getattr(config.runtimes.get(runtime), key.field, None)
+    return plain
 
 
 # ---- a model's settings ---------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from edged import resources, status
@@ -418,8 +418,8 @@ class Core:
                 self.chooser.on_measured(measure, result, how, now_s)
             case Sampled(sample=sample, pressed=pressed):
                 self._on_sampled(sample, now_s, pressed=pressed)
-            case ConfigChanged(config=config):
-                self._on_config(config)
+            case ConfigChanged(config=config, memory_limit_bytes=limit_bytes):
+                self._on_config(config, limit_bytes)
             case ShutdownAsked():
                 self._on_shutdown(now_s)
             case _:
@@ -470,9 +470,12 @@ class Core:
         rss_bytes = {w.pid: w.rss_bytes for w in sample.workers}
         self.workers.on_sampled(rss_bytes, guard.over_budget, now_s)
 
-    def _on_config(self, config: Config) -> None:
-        """What can change while running does; the rest needs a restart, and the log says which."""
+    def _on_config(self, config: Config, memory_limit_bytes: int | None) -> None:
+        """Tells those who keep a setting; everybody else looks it up when it is wanted."""
         old, self.around.config = self.around.config, config
+        if memory_limit_bytes is not None:
+            self.around.machine = replace(self.around.machine, memory_limit_bytes=memory_limit_bytes)
+        self.entries.settle_s = config.loading.settle_s
         self.scheduler.queue_length = config.limits.queue_length
         self.scheduler.queue_bytes = config.limits.queue_bytes
         self.scheduler.inflight_per_client = config.limits.inflight_per_client

@@ -22,13 +22,12 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
 import zmq
 
-from edged import sites, status, wire
+from edged import sites, wire
 from edged.arena import ArenaBoundsError
 from edged.catalog import LevelName
 from edged.children import Children
@@ -90,6 +89,7 @@ from edged.events import (
 )
 from edged.events import WorkerGone as WorkerGoneEvent
 from edged.exporter import Exporter
+from edged.heartbeat import Heartbeat
 from edged.helper import Helper, Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
@@ -97,6 +97,7 @@ from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
 from edged.messages import Envelope, RequestId, Route
 from edged.metrics import Metrics
 from edged.pressure import PressureWatch
+from edged.reloading import Reload, compare
 from edged.repository import Entry, Snapshot, scan
 from edged.store import LastGood, Store, StoreError
 from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes, pressure_files
@@ -131,23 +132,14 @@ PRESSED_QUIET_S = 600.0
 PAGE_S = 1.5
 """How long a reader of metrics is kept waiting for the loop."""
 
-STATUS_S = 2.0
-"""How often the text of `systemctl status` may change."""
+STOP_S = 10.0
+"""What a stop may take beyond `server.shutdown_grace`: the workers' ends, and the helper's last task."""
+
+DISK_STALLED_S = 120.0
+"""A task of the helper's that takes longer is told of; copying a large model from a card takes a minute."""
 
 _EXIT_BUSY = 75
 """EX_TEMPFAIL of sysexits.h: another daemon has the sockets or the state directory."""
-
-
-_FIXED: dict[str, tuple[str, ...] | None] = {
-    "server": None,
-    "store": None,
-    "runtimes": None,
-    "limits": ("frames", "message_bytes"),
-    "resources": ("memory", "disk_free_min_bytes"),
-    "loading": ("settle_s",),
-    "log": ("format",),
-}
-"""Settings that a reload cannot change; None stands for the whole section."""
 
 
 class Daemon:
@@ -251,8 +243,12 @@ class Daemon:
         self._open_pressure()
         self._sample_at_s = now_s
         self._rescan_at_s = now_s + config.loading.rescan_s
-        self._status_at_s = now_s
-        self._status = ""
+        self._heart = Heartbeat(self._notifier)
+        self._well = True
+        """Whether the core could handle the last tick."""
+        self._notes: tuple[str, ...] = ()
+        """What the last reload left to be said in the status."""
+        self._disk_stalled = False
         self._devices_seen = _device_nodes()
         self._awake_s = _asleep_s()
 
@@ -351,13 +347,10 @@ class Daemon:
         self._core.entries.restore((_entry_of(good), good.staged) for good in served)
         for notice in self._store.notices:
             self._journal.emit("store_failed", DETAIL=notice)
-        for runtime, device in self._children.spawner.list_probes():
-            candidate = Candidate(runtime, device)
-            if any(matches(token, candidate) for token in self._config.devices.exclude):
-                continue
-            known = self._store.recall_verdict(str(candidate), self._probe_mark(runtime))
-            if known is not None:
-                self._core.placement.assume(Verdict.from_wire(known))
+        for candidate in self._unknown_devices():
+            verdict = self._store.recall_verdict(str(candidate), self._probe_mark(candidate.runtime))
+            if verdict is not None:
+                self._core.placement.assume(Verdict.from_wire(verdict))
             else:
                 self._core.placement.probe(candidate)
         self._step(Tick())
@@ -366,6 +359,12 @@ class Daemon:
         while self._running:
             self._turn()
         self._stop()
+
+    def _unknown_devices(self) -> list[Candidate]:
+        """What there may be on this machine, was not excluded, and nobody has asked for yet."""
+        found = [Candidate(runtime, device) for runtime, device in self._children.spawner.list_probes()]
+        exclude, known = self._config.devices.exclude, self._core.placement.verdicts
+        return [c for c in found if c not in known and not any(matches(token, c) for token in exclude)]
 
     def _turn(self) -> None:
         # A ROUTER's descriptor tells of changes only, and any use of the socket may swallow one: after each
@@ -419,7 +418,8 @@ class Daemon:
     """When `_timers` is to run at the latest; kept current by `_due_s`."""
 
     def _due_s(self) -> float:
-        due = min(self._sample_at_s, self._children.reap_at_s, self._flush_at_s, self._exporter.due_s)
+        due = min(self._sample_at_s, self._children.reap_at_s, self._flush_at_s)
+        due = min(due, self._exporter.due_s, self._heart.due_s)
         if self._scan_at_s is not None and not self._scanning and self._scan_at_s < due:
             due = self._scan_at_s
         core_due = self._core.next_due_s()
@@ -434,6 +434,7 @@ class Daemon:
             (self._children.reap_at_s, self._children.reap),
             (self._scan_at_s, self._begin_scan),
             (self._sample_at_s, self._sample),
+            (self._heart.due_s, self._beat),
             (self._exporter.due_s, self._write_metrics),
         ):
             if due_s is None or now_s < due_s:
@@ -442,7 +443,7 @@ class Daemon:
                 task(now_s)
             except Exception:  # noqa: BLE001 - the loop's edge: one timer's bug must not stop the others
                 self._note_bug(traceback.format_exc())
-        self._step(Tick())
+        self._well = self._step(Tick())
 
     def _flush(self, now_s: float) -> None:
         """Tries again to send what slow clients had no room for; ever more seldom while nothing moves."""
@@ -463,19 +464,20 @@ class Daemon:
         unseen = Snapshot(str(self._config.server.models), fault="a fault of edged hides it; see the log")
         self._helper.give(self._scan_task, otherwise=[FolderScanned(unseen, time.time())])
 
-    def _step(self, event: Event) -> None:
-        """An event to the core, and the core's effects carried out."""
+    def _step(self, event: Event) -> bool:
+        """An event to the core, and the core's effects carried out; whether the core could handle it."""
         try:
             effects = self._core.handle(event, time.monotonic())
         except Exception:  # noqa: BLE001 - the loop's edge: a bug costs one event, not the daemon
             self._on_bug(event)
-            return
+            return False
         handlers = self._handlers
         for effect in effects:
             try:
                 handlers[type(effect)](effect)
             except Exception:  # noqa: BLE001 - as above; the other effects are still carried out
                 self._on_bug(effect)
+        return True
 
     def _on_bug(self, what: Event | Effect) -> None:
         """A bug is logged, and whoever waits for what did not happen is told."""
@@ -584,7 +586,8 @@ class Daemon:
             if number == signal.SIGHUP:
                 self._reread()
             elif number in (signal.SIGTERM, signal.SIGINT):
-                self._notifier.stopping("stopping: finishing what runs")
+                grace_s = self._config.server.shutdown_grace_s
+                self._notifier.stopping("stopping: finishing what runs", longer_s=grace_s + STOP_S)
                 self._step(ShutdownAsked())
 
     def _reread(self) -> None:
@@ -593,15 +596,30 @@ class Daemon:
             config = self._reload()
         except ConfigError as e:
             self._journal.emit("config_rejected", DETAIL=e.message)
+            self._notes = ("the new configuration was refused (the journal says why)",)
         else:
-            live, fixed = _keep_fixed(self._config, config)
-            self._step(ConfigChanged(live))
-            self._wire_limits = self._core.wire_limits
-            self._config = live
-            self._exporter.configure(live.metrics, time.monotonic())
-            note = f"a restart is needed for {', '.join(fixed)}" if fixed else None
-            self._journal.emit("config_reloaded", DETAIL=note)
-        self._notifier.ready(status.status_text(self._core))
+            self._take_config(compare(self._config, config))
+        self._heart.ready(self._core, time.monotonic(), self._notes)
+
+    def _take_config(self, found: Reload) -> None:
+        config = found.config
+        self._step(ConfigChanged(config, memory_limit_bytes(config.resources.memory)))
+        self._wire_limits = self._core.wire_limits
+        self._config = config
+        self._exporter.configure(config.metrics, time.monotonic())
+        self._in_store(
+            lambda s: s.set_limits(
+                keep_versions=config.store.keep_versions,
+                max_bytes=config.store.max_bytes,
+                disk_free_min_bytes=config.resources.disk_free_min_bytes,
+            )
+        )
+        for candidate in self._unknown_devices():
+            self._core.placement.probe(candidate)
+        self._step(Tick())
+        live, waiting = ", ".join(found.live), ", ".join(found.waiting)
+        self._notes = (f"a restart is needed for {waiting}",) if waiting else ()
+        self._journal.emit("config_reloaded", CHANGED=live or None, NEEDS_RESTART=waiting or None)
 
     def _folder_touched(self) -> None:
         """From the watcher's thread."""
@@ -775,9 +793,7 @@ class Daemon:
 
     def _sample(self, now_s: float) -> None:
         core = self._core
-        self._sample_at_s = now_s + min(
-            self._config.resources.sample_s, self._notifier.watchdog_interval_s or math.inf
-        )
+        self._sample_at_s = now_s + self._config.resources.sample_s
         core.runs.epoch_offset_s = time.time() - now_s
         pids = [w.pid for w in core.workers.table.values() if w.pid is not None]
         pressed, self._pressures_taken = self._pressures > self._pressures_taken, self._pressures
@@ -798,14 +814,19 @@ class Daemon:
                 router.dropped_replies = 0
         if self._scan_at_s is None and now_s >= self._rescan_at_s:
             self._scan_at_s = now_s
-        # The loop came round: that, and nothing else, is what the watchdog is told.
-        self._notifier.watchdog()
-        if now_s >= self._status_at_s:
-            self._status_at_s = now_s + STATUS_S
-            text = status.status_text(core)
-            if text != self._status and core.lifecycle.ready:
-                self._status = text
-                self._notifier.status(text)
+
+    def _beat(self, now_s: float) -> None:
+        busy_s, notes = self._helper.busy_s(now_s), self._notes
+        if busy_s >= DISK_STALLED_S:
+            notes = (*notes, f"a disk has not answered for {busy_s // 60:.0f} minutes")
+        at_most_s = self._config.resources.sample_s
+        self._heart.beat(self._core, now_s, at_most_s=at_most_s, well=self._well, notes=notes)
+        if (busy_s >= DISK_STALLED_S) != self._disk_stalled:
+            self._disk_stalled = not self._disk_stalled
+            if self._disk_stalled:
+                self._journal.emit("disk_stalled", DURATION_MS=round(busy_s * 1000))
+            else:
+                self._journal.emit("disk_answers")
 
     # ------------------------------------------------------------------ effects
 
@@ -866,8 +887,8 @@ class Daemon:
 
     def _ready(self) -> None:
         took_ms = round((time.monotonic() - self._core.started_s) * 1000)
-        self._journal.emit("server_ready", DURATION_MS=took_ms, DETAIL=status.status_text(self._core))
-        self._notifier.ready(status.status_text(self._core))
+        text = self._heart.ready(self._core, time.monotonic(), self._notes)
+        self._journal.emit("server_ready", DURATION_MS=took_ms, DETAIL=text)
 
     def _exit(self) -> None:
         self._running = False
@@ -896,21 +917,6 @@ class _PageAsked(Event, frozen=True):
 
     answer: Any
     """A `queue.SimpleQueue` that gets the page."""
-
-
-def _keep_fixed(old: Config, new: Config) -> tuple[Config, list[str]]:
-    """`new` with what was built into the sockets, the store and the processes as it was; what that is."""
-    changed = []
-    for section, names in _FIXED.items():
-        before, after = getattr(old, section), getattr(new, section)
-        if names is None:
-            if before != after:
-                changed.append(f"[{section}]")
-            new = replace(new, **{section: before})
-            continue
-        changed += [f"{section}.{n}" for n in names if getattr(before, n) != getattr(after, n)]
-        new = replace(new, **{section: replace(after, **{n: getattr(before, n) for n in names})})
-    return new, changed
 
 
 def _descriptors_max() -> int:

@@ -37,6 +37,15 @@ class Entries:
         self._retirement = lifecycle.retirement
         self._folder = Folder(settle_s=around.config.loading.settle_s)
 
+    @property
+    def settle_s(self) -> float:
+        """How long files must rest before they are taken."""
+        return self._folder.settle_s
+
+    @settle_s.setter
+    def settle_s(self, seconds: float) -> None:
+        self._folder.settle_s = seconds
+
     def restore(self, last_good: Iterable[tuple[Entry, Any]]) -> None:
         """What served when the daemon last ran; used where the folder's content is bad or gone."""
         for entry, staged in last_good:

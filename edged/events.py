@@ -245,9 +245,11 @@ class Tick(Event, frozen=True):
 
 
 class ConfigChanged(Event, frozen=True):
-    """A new configuration was read and checked."""
+    """A new configuration was read and checked; what needs a restart is in it as it was."""
 
     config: Config
+    memory_limit_bytes: int | None = None
+    """What `resources.memory` comes to on this machine; None leaves it as it is."""
 
 
 class ShutdownAsked(Event, frozen=True):

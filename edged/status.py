@@ -6,7 +6,8 @@ Pure: builds maps from the core's state, in the Open Inference Protocol's names 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from edged.errors import NotFound
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from edged.core import Core
 
 __all__ = [
+    "StatusLine",
     "model_metadata",
     "model_statistics",
     "repository_index",
@@ -27,6 +29,12 @@ __all__ = [
 ]
 
 EXTENSIONS = ("statistics", "model_repository", "cancel", "events", "logging", "shared_memory", "fast_lane")
+
+STATUS_S = 2.0
+"""How often the status line may change."""
+
+RATE_S, RATE_MOVES = 10.0, 0.2
+"""Over how long requests per second are taken, and the share by which they must move to be told anew."""
 
 
 def server_metadata(core: Core) -> dict[str, Any]:
@@ -282,23 +290,81 @@ def _settings(instance: Instance) -> dict[str, Any]:
     return plain
 
 
-def status_text(core: Core) -> str:
+def status_text(core: Core, *, pressure: str, rate_per_s: float = 0.0, notes: Sequence[str] = ()) -> str:
     """One line for `systemctl status`."""
-    tracks = core.registry.tracks.values()
+    tracks = [t for t in core.registry.tracks.values() if not t.unloaded]
     ready = [t.serving for t in tracks if t.serving is not None and t.serving.state is InstanceState.READY]
     failed = sum(1 for t in tracks if t.failure is not None)
     loading = sum(1 for t in tracks if t.incoming is not None)
     devices = sorted({f"{i.info['runtime']} {i.info['device']}" for i in ready})
-    parts = [f"{len(ready)} model{'' if len(ready) == 1 else 's'} ready"]
+    parts = [f"{len(ready)} of {len(tracks)} model{'' if len(tracks) == 1 else 's'} ready"]
     if devices:
         parts[0] += f" on {', '.join(devices)}"
     if loading:
         parts.append(f"{loading} loading")
     if failed:
         parts.append(f"{failed} refused (`edgectl models` says why)")
-    guard = core.around.guard
-    if guard is not None and guard.level:
-        parts.append(f"pressure {guard.level.name}: {'; '.join(guard.reasons)}")
+    fallen = sum(1 for i in ready if i.fallback_reason)
+    if fallen:
+        parts.append(f"{fallen} not on the device asked for")
+    parts.append(f"pressure {pressure}")
+    if rate_per_s:
+        parts.append(f"{_figure(rate_per_s)} requests/s")
     if core.registry.folder.fault:
         parts.append(core.registry.folder.fault)
-    return f"{core.state}: {'; '.join(parts)}"
+    text = "; ".join([*parts, *notes])
+    return text if core.state == "ready" else f"{core.state}: {text}"
+
+
+def _figure(rate_per_s: float) -> str:
+    """Two digits that count: more would change all the time."""
+    if rate_per_s >= 100:
+        digits = len(str(int(rate_per_s))) - 2
+        return str(round(rate_per_s / 10**digits) * 10**digits)
+    return f"{rate_per_s:.2g}" if rate_per_s >= 1 else "<1"
+
+
+class StatusLine:
+    """The line, and whether it has changed so that it is worth telling.
+
+    The rate is the mean of the last seconds, shown anew when it has moved by a fifth or has come to an end.
+    Pressure keeps the sentence with which its level began, since its figures change with each look.
+    """
+
+    def __init__(self) -> None:
+        self.text = ""
+        self._due_s = -math.inf
+        self._level = 0
+        self._pressure = "OK"
+        self._rate_per_s = 0.0
+        self._counted = 0
+        self._counted_s = -math.inf
+
+    def changed(self, core: Core, now_s: float, notes: Sequence[str] = ()) -> str | None:
+        """The line if there is something new in it; not oftener than every `STATUS_S`."""
+        if now_s < self._due_s:
+            return None
+        before = self.text
+        text = self.fresh(core, now_s, notes)
+        return text if text != before else None
+
+    def fresh(self, core: Core, now_s: float, notes: Sequence[str] = ()) -> str:
+        """The line of this moment."""
+        self._due_s = now_s + STATUS_S
+        self._take_rate(core.runs.counters["inferences"], now_s)
+        guard = core.around.guard
+        if guard is not None and guard.level != self._level:
+            self._level = guard.level
+            self._pressure = f"{guard.level.name}: {'; '.join(guard.reasons)}" if guard.level else "OK"
+        self.text = status_text(core, pressure=self._pressure, rate_per_s=self._rate_per_s, notes=notes)
+        return self.text
+
+    def _take_rate(self, inferences: int, now_s: float) -> None:
+        since_s = now_s - self._counted_s
+        if since_s < RATE_S:
+            return
+        rate = (inferences - self._counted) / since_s
+        self._counted, self._counted_s = inferences, now_s
+        shown = self._rate_per_s
+        if abs(rate - shown) > RATE_MOVES * shown or not rate:
+            self._rate_per_s = rate

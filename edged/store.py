@@ -633,6 +633,12 @@ class Store:
             content["kept"] = False
         self._models.save()
 
+    def set_limits(self, *, keep_versions: int, max_bytes: int | None, disk_free_min_bytes: int) -> None:
+        """Takes other bounds; they count from the next copy on."""
+        self._keep_versions = keep_versions
+        self._max_bytes = max_bytes
+        self._disk_free_min_bytes = disk_free_min_bytes
+
     def last_good(self) -> list[LastGood]:
         """What served when the daemon last ran; contents that are damaged since are left out."""
         found = []

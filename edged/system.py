@@ -404,9 +404,14 @@ class Notifier:
             _lines(f"RELOADING=1\nMONOTONIC_USEC={now_us}", status), timeout_s=_NOTIFY_TIMEOUT_S
         )
 
-    def stopping(self, status: str = "") -> bool:
-        """The daemon has begun to stop."""
-        return self._send(_lines("STOPPING=1", status), timeout_s=_NOTIFY_TIMEOUT_S)
+    def starting(self, status: str, *, longer_s: float) -> bool:
+        """The start goes on, and may take so much longer, whatever TimeoutStartSec says."""
+        return self._send(_lines(_extend(longer_s), status), timeout_s=0.0)
+
+    def stopping(self, status: str = "", *, longer_s: float = 0.0) -> bool:
+        """The daemon has begun to stop, and may take so long, whatever TimeoutStopSec says."""
+        state = f"STOPPING=1\n{_extend(longer_s)}" if longer_s else "STOPPING=1"
+        return self._send(_lines(state, status), timeout_s=_NOTIFY_TIMEOUT_S)
 
     def watchdog(self) -> bool:
         """The main loop has made progress. Never call it from anywhere else."""
@@ -453,6 +458,10 @@ def _watchdog_interval_s(environ: Mapping[str, str]) -> float | None:
     if environ.get("WATCHDOG_PID", str(os.getpid())) != str(os.getpid()):
         return None
     return wait_us / 2e6
+
+
+def _extend(longer_s: float) -> str:
+    return f"EXTEND_TIMEOUT_USEC={round(longer_s * 1e6)}"
 
 
 def _lines(state: str, status: str) -> str:

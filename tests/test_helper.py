@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 from edged.events import DevicesChanged, Event, Tick
 from edged.helper import Helper, Mailbox
@@ -88,3 +89,22 @@ def test_what_can_wait_is_done_once_when_nothing_else_was_given_for_a_moment() -
     helper.give_later("last", lambda: seen.append("last") or [])
     helper.close(WAIT_S)
     assert seen[-1] == "last"
+
+
+def test_how_long_a_task_has_taken_is_told() -> None:
+    """What hangs on a disk shows from outside, and is over when it ends."""
+    going, go_on, mailbox = threading.Event(), threading.Event(), Mailbox(lambda: None)
+    helper = Helper("test", mailbox, lambda _: None)
+
+    def hang() -> list[Event]:
+        going.set()
+        assert go_on.wait(30)
+        return []
+
+    assert helper.busy_s(time.monotonic()) == 0.0
+    helper.give(hang)
+    assert going.wait(30)
+    assert helper.busy_s(time.monotonic() + 300.0) >= 300.0
+    go_on.set()
+    helper.close(30)
+    assert helper.busy_s(time.monotonic() + 300.0) == 0.0

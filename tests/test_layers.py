@@ -28,6 +28,7 @@ PURE += (
     "regions",
     "happenings",
     "families",
+    "reloading",
 )
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
@@ -39,7 +40,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "tensors messages units",
         "wire config resources estimate statistics regions",
         "scheduler happenings",
-        "repository devices",
+        "repository devices reloading",
         "events",
         "instances",
         "registry workers placement",
@@ -50,7 +51,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "core",
         "sites helper transport store watcher system journald exporter pressure process assembly",
         "journal",
-        "lanes children",
+        "lanes children heartbeat",
         "daemon",
         "cli.edged",
     )

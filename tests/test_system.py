@@ -274,6 +274,10 @@ def test_systemd_is_told_each_state(listener: socket.socket) -> None:
         assert listener.recv(4096) == b"WATCHDOG=1"
         assert notify.stopping("draining")
         assert listener.recv(4096) == b"STOPPING=1\nSTATUS=draining"
+        assert notify.stopping("draining", longer_s=15)
+        assert listener.recv(4096) == b"STOPPING=1\nEXTEND_TIMEOUT_USEC=15000000\nSTATUS=draining"
+        assert notify.starting("1 loading", longer_s=30)
+        assert listener.recv(4096) == b"EXTEND_TIMEOUT_USEC=30000000\nSTATUS=1 loading"
     assert not notify.ready()
 
 

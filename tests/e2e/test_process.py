@@ -220,22 +220,50 @@ def test_hangup_takes_a_good_configuration_and_keeps_the_old_over_a_bad_one(tmp_
         config.write_text("[limits]\nqueue_length = 7\nframes = 5\n[resources]\nmemory = '50%'\n")
         daemon.signal(signal.SIGHUP)
         daemon.heard("RELOADING")
-        daemon.heard("READY")
+        assert "a restart is needed for limits.frames" in daemon.heard("READY")["STATUS"]
         assert daemon.client.server_metadata()["limits"]["frames"] == 64
-        until(
-            lambda: "limits.frames, resources.memory" in daemon.log(), what="what waits for a restart is told"
+        until(lambda: daemon.log().count('"config_reloaded"') == 2, what="the log has both")
+        first, second = (
+            json.loads(line) for line in daemon.log().splitlines() if '"config_reloaded"' in line
         )
+        assert (first["CHANGED"], first.get("NEEDS_RESTART")) == ("limits.queue_length", None)
+        assert (second["CHANGED"], second["NEEDS_RESTART"]) == ("resources.memory", "limits.frames")
 
         config.write_text("[limits]\nqueue_lenght = 9\n")
         daemon.signal(signal.SIGHUP)
         daemon.heard("RELOADING")
-        daemon.heard("READY")
+        assert "the new configuration was refused" in daemon.heard("READY")["STATUS"]
         assert daemon.client.server_metadata()["limits"]["queue_length"] == 7
         until(lambda: '"config_rejected"' in daemon.log(), what="the log has it")
         line = next(json.loads(r) for r in daemon.log().splitlines() if '"config_rejected"' in r)
         assert "queue_lenght" in line["DETAIL"]
         assert "queue_length" in line["DETAIL"]
         assert daemon.number() == 1
+
+
+def test_what_can_change_while_it_runs_does(tmp_path: Path) -> None:
+    """Settings of different owners: the guard, the store, the log."""
+    config = tmp_path / "edged.toml"
+    config.write_text("[resources]\nmemory = '50%'\n")
+    with Daemon(tmp_path, arguments=["--config", str(config)]) as daemon:
+        zoo.write(daemon.models / "m.onnx", zoo.versioned(1))
+        daemon.start()
+        before = daemon.client.server_status()["resources"]["memory_limit_bytes"]
+        config.write_text(
+            "[resources]\nmemory = '25%'\ndisk_free_min = '1000TiB'\n[log]\nlevel = 'debug'\n"
+            "[server]\nshutdown_grace = '1s'\n"
+        )
+        daemon.signal(signal.SIGHUP)
+        daemon.heard("RELOADING")
+        assert "restart" not in daemon.heard("READY")["STATUS"]
+        assert abs(daemon.client.server_status()["resources"]["memory_limit_bytes"] - before / 2) <= 1
+        zoo.write(daemon.models / "big.onnx", zoo.versioned(2))
+        until(lambda: '"DISK_FULL"' in daemon.log(), what="the store keeps to its new bound")
+        assert daemon.number() == 1
+        config.write_text("[log]\nlevel = 'debug'\n")
+        daemon.signal(signal.SIGHUP)
+        daemon.wait_ready("big")
+        until(lambda: '"worker_started"' in daemon.log(), what="the log tells more")
 
 
 # ---------------------------------------------------------------------- notices
@@ -251,11 +279,11 @@ def test_ready_comes_when_the_models_are_settled(tmp_path: Path) -> None:
         notice = daemon.heard("READY")
         assert daemon.serving("a")
         assert daemon.serving("b")
-        assert "2 models ready" in notice["STATUS"]
+        assert "2 of 3 models ready" in notice["STATUS"]
         assert "1 refused" in notice["STATUS"]
         assert daemon.client.server_ready()
         zoo.write(daemon.models / "c.onnx", zoo.versioned(3))
-        until(lambda: "3 models ready" in daemon.heard("STATUS")["STATUS"], what="the status follows")
+        until(lambda: "3 of 4 models ready" in daemon.heard("STATUS")["STATUS"], what="the status follows")
         daemon.signal(signal.SIGTERM)
         assert daemon.heard("STOPPING")["STOPPING"] == "1"
         assert daemon.wait_end() == 0
@@ -275,7 +303,7 @@ def test_ready_does_not_wait_for_ever(tmp_path: Path) -> None:
 def test_an_empty_folder_is_ready_too(tmp_path: Path) -> None:
     """And says so; one that cannot be looked into is a fault that status names."""
     with Daemon(tmp_path) as daemon:
-        assert "0 models ready" in daemon.start().notices[-1]["STATUS"]
+        assert "0 of 0 models ready" in daemon.start().notices[-1]["STATUS"]
         daemon.stop()
         daemon.models.rmdir()
         daemon.models.touch()
