@@ -35,6 +35,7 @@ __all__ = [
     "Sample",
     "check_golden",
     "disagreement",
+    "is_constant",
     "measure",
     "no_result",
     "read_golden",
@@ -326,7 +327,7 @@ def _first(reasons: Any) -> str | None:
     return next((r for r in reasons if r), None)
 
 
-def _is_constant(values_by_sample: Sequence[Sequence[Any]]) -> bool:
+def is_constant(values_by_sample: Sequence[Sequence[Any]]) -> bool:
     """Whether every sample got the same answer: then agreeing with it is no proof."""
     first = values_by_sample[0]
     return all(
@@ -428,7 +429,7 @@ def _compare(
         timed = sample.inputs if timed is None else timed
     if timed is None:
         return False, False, "; ".join(notes) or "the model cannot be fed with made-up inputs", None
-    if len(answers) < 2 or _is_constant(answers):
+    if len(answers) < 2 or is_constant(answers):
         return True, False, "the reference answers the same to every input, which proves nothing", timed
     return True, True, f"{len(answers)} of {len(tried)} inputs agree", timed
 

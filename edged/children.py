@@ -22,6 +22,7 @@ from edged.events import (
     Event,
     InstanceLoaded,
     InstanceLoadFailed,
+    InstanceProving,
     LoadInstance,
     Measured,
     Probe,
@@ -190,6 +191,8 @@ class Children:
             match packet:
                 case ["hello", pid, *_]:
                     self._step(WorkerHello(worker, pid))
+                case ["proving", instance]:
+                    self._step(InstanceProving(worker, instance))
                 case ["loaded", instance, info]:
                     self._step(InstanceLoaded(worker, instance, info))
                 case ["load_failed", instance, code, reason, message]:

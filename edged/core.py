@@ -42,6 +42,7 @@ from edged.events import (
     GrantRegion,
     InstanceLoaded,
     InstanceLoadFailed,
+    InstanceProving,
     LaneClosed,
     LaneOpened,
     LanePacket,
@@ -393,6 +394,8 @@ class Core:
         match event:
             case InstanceLoaded(worker=worker_id, instance=instance, info=info):
                 self._on_loaded(worker_id, instance, info, now_s)
+            case InstanceProving(worker=worker, instance=instance):
+                lifecycle.on_proving(worker, instance)
             case InstanceLoadFailed(instance=instance, reason=reason, message=message):
                 lifecycle.on_load_failed(instance, reason, message, now_s)
             case WorkerHello(worker=worker_id, pid=pid):

@@ -37,6 +37,7 @@ __all__ = [
     "GrantRegion",
     "InstanceLoadFailed",
     "InstanceLoaded",
+    "InstanceProving",
     "KillWorker",
     "LaneClosed",
     "LaneOpened",
@@ -157,6 +158,13 @@ class WorkerHello(Event, frozen=True):
 
     worker: int
     pid: int
+
+
+class InstanceProving(Event, frozen=True):
+    """A worker has loaded and warmed up an instance; what it does now is to try batches."""
+
+    worker: int
+    instance: int
 
 
 class InstanceLoaded(Event, frozen=True):

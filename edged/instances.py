@@ -191,6 +191,10 @@ class Instance:
     times: RunTimes = field(default_factory=RunTimes)
     batch_max: int = 1
     """Rows of different requests that may share a run; 1 where they must not."""
+    proving: int | None = None
+    """The worker that has loaded it and tries batches."""
+    never_batched: str = ""
+    """Why batches are not tried any more."""
     hold_s: float = 0.0
     """How long a free slot waits for a batch to fill."""
     restarts: int = 0

@@ -203,6 +203,12 @@ class Lifecycle:
         self._workers.load(instance, worker)
         self._around.emit(instance.event())
 
+    def on_proving(self, worker_id: int, instance_id: int) -> None:
+        """A worker has loaded an instance and tries batches: what ends it now is no fault of the model's."""
+        instance = self._registry.instances.get(instance_id)
+        if instance is not None and instance.worker == worker_id:
+            instance.proving = worker_id
+
     def on_loaded(self, instance_id: int, info: dict[str, Any], now_s: float) -> None:
         """A worker has loaded, warmed up and proved an instance: it serves from now on."""
         instance = self._registry.instances.get(instance_id)
@@ -352,6 +358,13 @@ class Lifecycle:
 
     def _lost_worker(self, instance: Instance, worker: Worker, why: str, now_s: float) -> None:
         text = f"its worker ended: {why}"
+        proving, instance.proving = instance.proving == worker.id, None
+        if proving and instance.state is InstanceState.LOADING and instance.settings.max_batch_size is None:
+            instance.never_batched = f"its worker ended when batches were tried: {why}"
+            fields = {**instance.log_fields(), "DETAIL": instance.never_batched}
+            self._around.emit(Log("batch_refused", fields))
+            self._start_load(instance, now_s)
+            return
         if instance.state is InstanceState.DRAINING:
             self.retirement.worker_gone(instance, text, now_s)
         elif instance.track.serving is instance:

@@ -377,10 +377,11 @@ class WorkerProcess:
                     if self.pid is None:
                         self.is_born(packet[1])
                     packet[1] = self.pid  # the template's or the first word: later it can be no other one
-                elif packet[0] in ("loaded", "load_failed"):
+                elif packet[0] in ("loaded", "load_failed", "proving"):
                     if packet[1] not in self._loads:
                         continue  # another worker's, or withdrawn
-                    self._loads.remove(packet[1])
+                    if packet[0] != "proving":
+                        self._loads.remove(packet[1])
                     if packet[0] == "loaded" and packet[2]["instances"] >= self.arena.slots:
                         raise ValueError(
                             f"{packet[2]['instances']} runs at once, with {self.arena.slots} slots"
@@ -709,6 +710,8 @@ def _check_word(packet: list[Any]) -> None:
         good &= type(info["instances"]) is int and info["instances"] >= 1
         good &= _is_batch(info["batch"])
         good &= type(info.get("rss_bytes") or 0) is int and type(info.get("metadata") or {}) is dict
+    elif kind == "proving":
+        good = len(packet) == 2 and type(packet[1]) is int
     elif kind == "load_failed":
         _, instance, *texts = packet
         good = type(instance) is int and len(texts) == 3 and all(type(text) is str for text in texts)

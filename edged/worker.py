@@ -29,7 +29,7 @@ from typing import Any, NoReturn
 
 import msgpack
 
-from edged import agreement
+from edged import agreement, batching
 from edged.errors import Code
 from edged.runner import PACKET_BYTES_MAX, Loaded, Runner
 from edged.runtimes.base import (
@@ -49,6 +49,12 @@ __all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "ru
 
 OOM_SCORE = 500
 """Under memory pressure the kernel should take a worker, never the supervisor."""
+
+TRIAL_MAX_S = 3.0
+"""After which a run of made-up rows is ended: the trial of batches plans for half a second."""
+
+TIMED_RUN_MAX_S = 0.25
+"""A warm-up that took no longer is followed by runs whose time is what a request can expect."""
 
 
 @dataclass(frozen=True)
@@ -208,9 +214,11 @@ class Worker:
                 settings.get("golden_dir"), settings.get("golden") or (), model.inputs, model.outputs
             )
             began = time.perf_counter()
-            note = _warm_up(model, samples, settings.get("warmup", 1), cancel)
+            warm = _warm_up(model, samples, settings.get("warmup", 1), cancel)
             warmup_ms = (time.perf_counter() - began) * 1e3
             checked = agreement.check_golden(model, samples, tolerance=settings.get("tolerance") or {})
+            self._say(["proving", instance])
+            batch = _find_batch(model, samples, settings, warm, cancel)
         except agreement.GoldenMismatch as e:
             model.close()
             raise LoadFailed("GOLDEN_MISMATCH", str(e)) from e
@@ -239,10 +247,10 @@ class Worker:
                 "precision": model.precision,
                 "threads": model.threads,
                 "instances": model.instances,
-                "batch": {"max": 1, "times_us": [], "why": "not tried"},
+                "batch": batch.to_wire(),
                 "load_ms": load_ms,
                 "warmup_ms": warmup_ms,
-                "warmup_note": note,
+                "warmup_note": warm.note,
                 "golden": checked,
                 "rss_bytes": rss_bytes(),
                 "fallback_reason": model.fallback_reason,
@@ -261,25 +269,72 @@ class Worker:
         self._say(["measured", result])
 
 
-def _warm_up(model: Model, samples: Sequence[agreement.Sample], runs: int, cancel: LoadCancel) -> str | None:
+@dataclass(frozen=True)
+class _Warmed:
+    """How the warm-up went: what a run takes, and what went wrong."""
+
+    us: float | None = None
+    note: str | None = None
+
+
+def _warm_up(model: Model, samples: Sequence[agreement.Sample], runs: int, cancel: LoadCancel) -> _Warmed:
     """Runs the model, so that the first request does not pay; what goes wrong is only noted."""
     if runs < 1:
-        return None
+        return _Warmed(note="there is to be no warm-up")
     names = [s.name for s in model.outputs]
     try:
         feeds = samples[0].inputs if samples else agreement.synthetic_inputs(model.inputs, "ones")
         for _ in range(runs):
             cancel.check()
+            began = time.perf_counter()
             model.run(feeds, names)
+            taken_s = time.perf_counter() - began
+        if taken_s < TIMED_RUN_MAX_S:  # else the first run's time, with all that happens only once, must do
+            taken_s = batching.run_us(model, feeds, names)[1] / 1e6
     except RunFailed as e:
         if e.fatal:
             raise LoadFailed("DEVICE_FAILED", e.message, code=Code.UNAVAILABLE) from e
         if e.reason == "MEMORY_LIMIT":
             raise LoadFailed("MEMORY_LIMIT", e.message, code=Code.RESOURCE_EXHAUSTED) from e
-        return e.message
+        return _Warmed(note=e.message)
     except agreement.NoInputs as e:
-        return str(e)
-    return None
+        return _Warmed(note=str(e))
+    return _Warmed(us=taken_s * 1e6)
+
+
+def _find_batch(
+    model: Model,
+    samples: Sequence[agreement.Sample],
+    settings: Mapping[str, Any],
+    warm: _Warmed,
+    cancel: LoadCancel,
+) -> batching.Batch:
+    """How many rows of different requests may share a run. Raises LoadFailed when the owner wants more."""
+    wanted = settings.get("max_batch_size")
+    alone = () if warm.us is None else ((1, round(warm.us, 1)),)
+    if wanted == 1:
+        return batching.Batch(1, alone, "max_batch_size is 1")
+    if warm.note:
+        why = warm.note
+    else:
+        bounds = agreement.FAST if settings.get("precision") == "fast" else agreement.FULL
+        timer = threading.Timer(TRIAL_MAX_S, model.cancel)
+        timer.daemon = True
+        if wanted is None:
+            timer.start()
+        try:
+            return batching.explore(model, samples, wanted=wanted, bounds=bounds, check=cancel.check)
+        except (batching.NotBatchable, agreement.NoInputs) as e:
+            why = str(e)
+        except RunFailed as e:
+            if e.fatal:
+                raise LoadFailed("DEVICE_FAILED", e.message, code=Code.UNAVAILABLE) from e
+            why = f"a run of made-up rows failed: {e.message}"
+        finally:
+            timer.cancel()
+    if wanted is not None:
+        raise LoadFailed("NOT_BATCHABLE", f"max_batch_size = {wanted} cannot be had: {why}")
+    return batching.Batch(1, alone, why)
 
 
 def load_request(settings: Mapping[str, Any]) -> LoadRequest:

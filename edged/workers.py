@@ -92,6 +92,7 @@ class Workers:
             **self._what(instance),
             **self._where(instance.plan[0], instance.settings),
             "warmup": instance.settings.warmup,
+            "max_batch_size": 1 if instance.never_batched else instance.settings.max_batch_size,
             "timeout_s": self._around.config.loading.timeout_s,
         }
         self._around.emit(LoadInstance(worker.id, instance.id, spec))

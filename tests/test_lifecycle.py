@@ -496,6 +496,30 @@ def test_a_neighbours_crash_does_not_condemn_a_model_that_loads() -> None:
     assert world.serving("m").state is S.READY
 
 
+def test_a_worker_that_dies_of_made_up_rows_is_loaded_without_them() -> None:
+    """What the trial of batches does to a model is not held against it; it serves, one request at a time."""
+    world = World()
+    world.load_faults["m-1"] = "PROVING"
+    world.put("m")
+    world.settle()
+    assert world.serving().state is S.READY
+    assert [e.spec["max_batch_size"] for e in world.effects if isinstance(e, LoadInstance)] == [None, 1]
+    assert "killed by SIGFPE" in world.logs("batch_refused")[0]["DETAIL"]
+    world.crash(world.process())
+    world.settle()
+    assert world.serving().state is S.READY
+    assert [e for e in world.effects if isinstance(e, LoadInstance)][-1].spec["max_batch_size"] == 1
+
+
+def test_an_owners_batch_that_ends_the_worker_is_a_failure() -> None:
+    """Who asks for batches is told that they cannot be had."""
+    world = World()
+    world.load_faults["m-1"] = "PROVING"
+    world.put("m", max_batch_size=8)
+    world.settle()
+    assert reason_of(world) == "WORKER_CRASHED"
+
+
 def test_a_load_given_up_in_a_shared_worker_leaves_nothing_there() -> None:
     """Cancelled, or unloaded when the word that it is loaded was already on its way."""
     world = World(verdicts={CUDA: "ok"})

@@ -77,7 +77,7 @@ class Handle:
         deadline = time.monotonic() + WAIT_S
         while not self._said:
             _wait_readable(self.process.control_fd, deadline)
-            self._said += self.process.recv_control()
+            self._said += [said for said in self.process.recv_control() if said[0] != "proving"]
         return self._said.pop(0)
 
     def send(

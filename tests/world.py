@@ -29,6 +29,7 @@ from edged.events import (
     GrantRegion,
     InstanceLoaded,
     InstanceLoadFailed,
+    InstanceProving,
     KillWorker,
     LaneClosed,
     LaneOpened,
@@ -450,7 +451,13 @@ class World:
         fault = next(
             (self.load_faults[k] for k in ((digest, where), digest, where) if k in self.load_faults), ""
         )
-        if fault == "CRASH":
+        if fault == "PROVING" and spec["max_batch_size"] != 1:
+            worker.outbox.append(InstanceProving(worker.id, instance))
+            self.crash(worker, "killed by SIGFPE")
+        elif fault == "PROVING":
+            worker.loaded.add(instance)
+            worker.outbox.append(InstanceLoaded(worker.id, instance, info_of(spec)))
+        elif fault == "CRASH":
             self.crash(worker)
         elif fault:
             text = f"{digest} on {where}: {fault}"
