@@ -259,6 +259,12 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ("fail", "the user edged", "systemd-sysusers", {"service": None}),
     ("fail", "there is no group edged-admin", "systemd-sysusers", {"groups": {"edged": ()}}),
     (
+        "note",
+        "there is no group edged-drop",
+        "systemd-sysusers",
+        {"groups": {"edged": (), "edged-admin": ()}},
+    ),
+    (
         "warn",
         "this session began before that",
         "newgrp edged-admin",

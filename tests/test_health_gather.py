@@ -156,6 +156,24 @@ def test_a_process_that_is_gone_is_none(box: Box) -> None:
     assert process_of(Root(box.root), 4242) is None
 
 
+def test_a_second_instance_has_directories_of_its_own(box: Box) -> None:
+    """They are the unit's, by the names that systemd tells."""
+    box.said = (
+        0,
+        UNIT + "StateDirectory=edged/two\nRuntimeDirectory=edged-two\nCacheDirectory=edged/two\n"
+        "ConfigurationDirectory=edged/two\n",
+    )
+    facts = box.facts(unit="edged@two.service")
+    assert facts.system
+    assert [each.path for each in facts.places] == [
+        "/var/lib/edged/two/models",
+        "/var/lib/edged/two",
+        "/var/cache/edged/two",
+        "/run/edged-two",
+    ]
+    assert facts.config_file == "/etc/edged/two/edged.toml"
+
+
 @pytest.fixture
 def listening(box: Box) -> Iterator[tuple[Box, Path]]:
     """A run directory with one socket that is listened on, one that was, and nothing else."""

@@ -12,20 +12,21 @@ import dataclasses
 import textwrap
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from edged.cli.health.checks import LEVELS, Finding, examine, worst
 from edged.cli.health.facts import Daemon, Facts
-from edged.cli.health.gather import Asked, gather
+from edged.cli.health.gather import Asked, gather, run_command, unit_directory, unit_of
 from edged.cli.health.root import Root
 from edged.cli.session import EXIT_FAILED, EXIT_OK, Session
 from edged.cli.tables import clean, paint
 from edged.errors import EdgedError
 
-__all__ = ["ask", "doctor", "look"]
+__all__ = ["aim", "ask", "doctor", "look"]
 
 _ROLES = {"ok": "good", "note": "dim", "warn": "warn", "fail": "bad"}
+
+_USUAL = "edged.service"
 
 _TEXT_MIN = 30
 """Narrower, a sentence is a column of words."""
@@ -36,7 +37,7 @@ _ASK_S_MAX = 5.0
 
 def doctor(session: Session, args: argparse.Namespace) -> int:
     """Everything that was looked at, the worst of it last, and what to type."""
-    facts = look(session, unit=args.unit)
+    facts = look(session, args.unit)
     findings = examine(facts)
     shown = [each for each in findings if args.all or each.level != "ok"]
     session.answer(
@@ -46,10 +47,18 @@ def doctor(session: Session, args: argparse.Namespace) -> int:
     return EXIT_FAILED if worst(findings) == "fail" else EXIT_OK
 
 
-def look(session: Session, *, unit: str, root: Path = Path("/")) -> Facts:
+def look(session: Session, unit: str) -> Facts:
     """The facts as they are seen from here."""
-    asked = Asked(ask(session), session.endpoint, unit if "." in unit else f"{unit}.service")
-    return gather(asked, root=Root(root))
+    return gather(aim(session, unit), root=Root())
+
+
+def aim(session: Session, unit: str) -> Asked:
+    """What is to be looked at: the daemon of this unit, or the one that the session's endpoint names."""
+    name = unit if "." in unit else f"{unit}.service"
+    if name != _USUAL and session.endpoint is None:
+        # Another instance has sockets of its own, and the usual ones must not be taken for them.
+        session.endpoint = f"ipc://{unit_directory(unit_of(run_command, name), 'Runtime')}/edged.sock"
+    return Asked(ask(session), session.endpoint, name)
 
 
 def ask(session: Session) -> Daemon:

@@ -223,6 +223,18 @@ def _add_bad_day(commands: argparse._SubParsersAction[Any]) -> None:
     sub.add_argument("-x", "--explain", action="store_true", help="with what each event means and asks for")
     _add_unit(sub)
 
+    sub = _command(
+        commands, "support-bundle", "write one file with all that a developer needs, and no secrets"
+    )
+    sub.add_argument(
+        "file",
+        metavar="FILE",
+        nargs="?",
+        type=Path,
+        help="a .tar.gz that is not there yet (default: edged-support-HOST-TIME.tar.gz here)",
+    )
+    _add_unit(sub)
+
 
 def _add_unit(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("--unit", metavar="UNIT", default="edged", help="the system's service (default edged)")
@@ -288,7 +300,7 @@ def _count(text: str) -> int:
 
 def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
     """The commands' code, imported when one of them runs: `--help` and completion need no numpy."""
-    from edged.cli import bench, commands, doctor, explain, logs, top, updates
+    from edged.cli import bench, bundle, commands, doctor, explain, logs, top, updates
 
     return {
         "put": updates.put,
@@ -305,6 +317,7 @@ def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
         "doctor": doctor.doctor,
         "logs": logs.logs,
         "top": top.top,
+        "support-bundle": bundle.support_bundle,
         "explain": explain.explain_command,
     }
 

@@ -18,8 +18,8 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from edged.cli.doctor import ask
-from edged.cli.health.gather import Asked, Found, find
+from edged.cli.doctor import aim
+from edged.cli.health.gather import Found, find
 from edged.cli.health.root import Root
 from edged.cli.session import EXIT_OK, Failure, Session
 
@@ -31,8 +31,8 @@ _TAIL_BYTES_MAX = 16 << 20
 
 def logs(session: Session, args: argparse.Namespace) -> int:
     """Shows the log of the daemon, or what of it is about one model."""
-    unit = args.unit if "." in args.unit else f"{args.unit}.service"
-    found = find(Asked(ask(session), session.endpoint, unit), root=Root())
+    asked = aim(session, args.unit)
+    unit, found = asked.unit, find(asked, root=Root())
     process = found.process
     if process is not None and not process.unit:
         return _of_a_file(session, args, found)

@@ -8,7 +8,7 @@ _edgectl() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
         case "$word" in
-            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|doctor|explain|top|logs|completion) command="$word"; break ;;
+            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|doctor|explain|top|logs|support-bundle|completion) command="$word"; break ;;
         esac
     done
     case "$command:$prev" in
@@ -20,7 +20,7 @@ _edgectl() {
         *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--unit|*:--interval|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
     esac
     if [[ -z "$command" ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench doctor explain top logs completion -h --help --version --json --endpoint" -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench doctor explain top logs support-bundle completion -h --help --version --json --endpoint" -- "$cur")
         return
     fi
     if [[ "$cur" == -* ]]; then
@@ -40,6 +40,7 @@ _edgectl() {
             explain) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
             top) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --once --interval --sort" -- "$cur") ;;
             logs) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -f --follow -n --lines --since -x --explain --unit" -- "$cur") ;;
+            support-bundle) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --unit" -- "$cur") ;;
             completion) mapfile -t COMPREPLY < <(compgen -W "-h --help" -- "$cur") ;;
         esac
         return
@@ -54,6 +55,7 @@ _edgectl() {
         bench) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         explain) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         logs) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
+        support-bundle) mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;
         completion) mapfile -t COMPREPLY < <(compgen -W "bash zsh" -- "$cur") ;;
     esac
 }

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import pty
 import select
 import signal
+import stat
 import struct
 import subprocess
 import sys
+import tarfile
 import termios
 from collections.abc import Iterator
 from pathlib import Path
@@ -290,3 +293,38 @@ def test_top_survives_a_restart_of_the_daemon(tmp_path: Path) -> None:
             terminal.key("q")
             assert terminal.process.wait(WAIT_S) == 0
             assert terminal.is_as_before()
+
+
+# ---- support-bundle -------------------------------------------------------------------------------------
+
+
+def test_a_bundle_has_what_a_developer_needs_and_no_secret_and_no_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of a daemon that was started with a secret in its environment."""
+    secret = "correct-horse-battery"
+    with running_daemon(tmp_path / "d", {"MQTT_PASSWORD": secret}, models={"m.onnx": zoo.mlp()}) as daemon:
+        daemon.wait_ready("m")
+        edgectl = Edgectl(daemon.endpoint, capsys)
+        path = tmp_path / "bundle.tar.gz"
+        code, out, _ = edgectl("support-bundle", str(path))
+        assert code == 0
+        assert f"tar -xzf {path}" in out
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        with tarfile.open(path) as tar:
+            texts = {
+                member.name.partition("/")[2]: tar.extractfile(member).read()  # type: ignore[union-attr]
+                for member in tar.getmembers()
+            }
+        assert all(name in out for name in texts)
+        assert not any(secret.encode() in text for text in texts.values())
+        model = (daemon.models / "m.onnx").read_bytes()
+        assert not any(model[at : at + 32] in text for text in texts.values() for at in (64, len(model) // 2))
+        document = json.loads(texts["models.json"])
+        assert document["m"]["rows"][0]["sha256"] == hashlib.sha256(model).hexdigest()
+        assert document["m"]["history"][-1]["event"] == "model_ready"
+        assert json.loads(texts["status.json"])["pid"] == daemon.pid
+        assert b"model_ready" in texts["journal.txt"]
+        assert b"EDGED_LOADING_SETTLE=100ms" in texts["environment.txt"]
+        assert b"MQTT" not in texts["environment.txt"]
+        assert edgectl("support-bundle", str(path))[0] == 1

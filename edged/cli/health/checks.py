@@ -22,6 +22,7 @@ LEVELS = ("ok", "note", "warn", "fail")
 
 _GROUPS = {
     "edged": "whose members may ask for inference",
+    "edged-drop": "whose members may put models into the folder",
     "edged-admin": "whose members may load, unload and read the status",
 }
 _DROP = "edged-drop"
@@ -213,9 +214,9 @@ def _groups(facts: Facts) -> Rows:
             if name in facts.groups:
                 yield "ok", f"the group {name} is there, {what}", ""
             else:
-                yield "fail", f"there is no group {name}, {what}", "systemd-sysusers"
-        if _DROP not in facts.groups:
-            yield "note", f"there is no group {_DROP} for whoever may only put models", "systemd-sysusers"
+                # Without the third the folder's owner may still put models; nobody is kept from asking.
+                level = "note" if name == _DROP else "fail"
+                yield level, f"there is no group {name}, {what}", "systemd-sysusers"
         if caller.uid != 0:
             yield from _caller_groups(facts)
     else:

@@ -45,6 +45,7 @@ __all__ = [
     "is_system",
     "process_of",
     "run_command",
+    "unit_directory",
     "unit_of",
 ]
 
@@ -57,20 +58,18 @@ _COMMAND_S_MAX = 5.0
 """systemctl answers in milliseconds; a bus that hangs must not hang the doctor."""
 _LISTED_MAX = 50
 """Names of the models folder in each list: the first of them show what is wrong with all."""
-_SYSTEM = {
-    "STATE_DIRECTORY": "/var/lib/edged",
-    "CACHE_DIRECTORY": "/var/cache/edged",
-    "RUNTIME_DIRECTORY": "/run/edged",
-    "CONFIGURATION_DIRECTORY": "/etc/edged",
-}
-"""Where the unit's directories are; systemd tells the service by these variables."""
+_BASES = {"State": "/var/lib", "Cache": "/var/cache", "Runtime": "/run", "Configuration": "/etc"}
+"""Below these systemd makes a unit's directories, and tells the service by `$STATE_DIRECTORY` and so on."""
 _PROPERTIES = (
     *("Id", "LoadState", "ActiveState", "SubState", "UnitFileState", "Result", "StatusText", "MainPID"),
     *("NRestarts", "ExecMainStatus", "ExecMainCode", "NeedDaemonReload", "FragmentPath", "DropInPaths"),
     *("User", "Type", "WatchdogUSec", "MemoryMax", "MemoryHigh", "MemoryCurrent", "LimitNOFILE"),
     *("DevicePolicy", "DeviceAllow", "ExecStart", "ActiveEnterTimestamp", "InactiveEnterTimestamp"),
     *("OOMPolicy", "TasksMax", "CPUQuotaPerSecUSec", "RuntimeDirectoryPreserve"),
+    *("StateDirectory", "CacheDirectory", "RuntimeDirectory", "ConfigurationDirectory"),
 )
+_GROUPS = ("edged", "edged-drop", "edged-admin", "render", "video")
+"""Whose members matter here; who is in the others is nobody's business."""
 _SITE_GLOBS = (
     "usr/lib/edged/lib/python3*/site-packages",
     "usr/lib/edged/runtimes/*",
@@ -133,7 +132,7 @@ def gather(asked: Asked, *, root: Root, run: Run = run_command, now_s: float | N
     caller = root.account_of(asked.uid, list(asked.gids))
     system = is_system(asked, process, unit)
     service_name = _service_name(system, process, unit, caller)
-    config, config_file, config_error = _config(asked, root, system)
+    config, config_file, config_error = _config(asked, root, system, unit)
     status = asked.daemon.status or {}
     paths = {
         "models": str(status.get("models_dir") or (config.server.models if config else "")),
@@ -148,7 +147,7 @@ def gather(asked: Asked, *, root: Root, run: Run = run_command, now_s: float | N
         caller_configured=root.account(caller.name) or caller,
         service=root.account(service_name),
         service_name=service_name,
-        groups={name: members for name, (_, members) in root.groups.items()},
+        groups={name: root.groups[name][1] for name in _GROUPS if name in root.groups},
         daemon=asked.daemon,
         process=process,
         unit=unit,
@@ -193,7 +192,7 @@ def is_system(asked: Asked, process: Process | None, unit: Unit) -> bool:
         return bool(process.unit) and not process.user_unit
     named = asked.endpoint or asked.environ.get("EDGED_ENDPOINT")
     if named:
-        return named.removeprefix("ipc://").startswith("/run/edged/")
+        return os.path.dirname(named.removeprefix("ipc://")) == unit_directory(unit, "Runtime")
     return unit.known
 
 
@@ -268,7 +267,13 @@ def _run_dir(asked: Asked, root: Root, unit: Unit) -> str:
         for each in candidates:
             if root.node(each) is not None:
                 return each
-    return "/run/edged"
+    return unit_directory(unit, "Runtime")
+
+
+def unit_directory(unit: Unit, kind: str) -> str:
+    """The unit's directory of this kind, `State`, `Cache`, `Runtime` or `Configuration`."""
+    names = unit.properties.get(f"{kind}Directory", "").split()
+    return f"{_BASES[kind]}/{names[0].partition(':')[0] if names else 'edged'}"
 
 
 def _sockets(root: Root, directory: str) -> tuple[tuple[Socket, ...], int | None]:
@@ -305,12 +310,13 @@ def _connect(path: Path, name: str) -> tuple[str, int | None]:
 # ---- settings and directories ---------------------------------------------------------------------------
 
 
-def _config(asked: Asked, root: Root, system: bool) -> tuple[Config | None, str, str]:
+def _config(asked: Asked, root: Root, system: bool, unit: Unit) -> tuple[Config | None, str, str]:
     """The settings as the daemon would read them, the file, and what is wrong with it."""
     environ = dict(asked.environ)
     if system:
-        environ = {**_SYSTEM, "CONFIGURATION_DIRECTORY": str(root.at("/etc/edged"))}
-        file = "/etc/edged/edged.toml"
+        environ = {f"{kind.upper()}_DIRECTORY": unit_directory(unit, kind) for kind in _BASES}
+        file = f"{environ['CONFIGURATION_DIRECTORY']}/edged.toml"
+        environ["CONFIGURATION_DIRECTORY"] = str(root.at(environ["CONFIGURATION_DIRECTORY"]))
     else:
         base = environ.get("XDG_CONFIG_HOME") or os.path.join(environ.get("HOME", "/"), ".config")
         file = environ.get("EDGED_CONFIG") or os.path.join(base, "edged", "edged.toml")
