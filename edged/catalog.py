@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Literal
 
-__all__ = ["CATALOG", "LEVELS", "Event", "LevelName"]
+__all__ = ["CATALOG", "LEVELS", "OF_A_MODEL", "Event", "LevelName"]
 
 LevelName = Literal["debug", "info", "warning", "error"]
 
@@ -71,7 +71,8 @@ _EVENTS: dict[str, Event] = {
         "error",
         "The daemon cannot run",
         "REASON and DETAIL say what is missing or in the way: another daemon on the same endpoint or "
-        "state directory, a directory that cannot be written, a package that is not installed.",
+        "state directory, a directory that cannot be written, a package that is not installed. Put that "
+        "right; systemd tries again by itself.",
     ),
     "config_reloaded": Event(
         "fe2f49cc9c194cd0a0bfd71b4985d6a3",
@@ -90,28 +91,30 @@ _EVENTS: dict[str, Event] = {
         "f51876ee61444a69893f1a8264b51c92",
         "info",
         "The log level was changed",
-        "Someone set LEVEL through the admin socket; it holds until the daemon restarts.",
+        "LEVEL was set through the admin socket or by a reload; set so by hand it holds until the daemon "
+        "restarts. Nothing to do.",
     ),
     # Models.
     "model_loading": Event(
         "10d41690a3864edcb1c5691421b6f183",
         "info",
         "A model version is loading",
-        "Its files were copied into the store and a worker loads them. An older version goes on serving.",
+        "Its files were copied into the store and a worker loads them. An older version goes on serving. "
+        "Nothing to do.",
     ),
     "model_ready": Event(
         "0a90e1ebda52472682f6498f10b1742d",
         "info",
         "A model version is ready",
         "It has been loaded, warmed up and checked against its golden samples. DEVICE and RUNTIME say "
-        "where it runs.",
+        "where it runs. Nothing to do.",
     ),
     "model_swapped": Event(
         "2264b6d1e2884ebd83c9a1bbf62ef352",
         "info",
         "A model's new version took over",
         "New requests go to MODEL_VERSION; the one in PREVIOUS_VERSION finishes what it has begun and is "
-        "ended.",
+        "ended. Nothing to do; an older file put back into the folder takes over again.",
     ),
     "model_failed": Event(
         "b3a23a4e656b4f9e8e2488308002ece0",
@@ -125,7 +128,7 @@ _EVENTS: dict[str, Event] = {
         "info",
         "A model version was retired",
         "A newer version serves in its place and its worker has ended. Its files stay in the store as "
-        "long as store.keep_versions says.",
+        "long as store.keep_versions says. Nothing to do.",
     ),
     "model_removed": Event(
         "fa44571369da47d3b7bb0e46577b41bf",
@@ -159,8 +162,9 @@ _EVENTS: dict[str, Event] = {
         "d546500e5ba8478e9077114c40a501ae",
         "warning",
         "An entry of the models folder was refused",
-        "PATH is not something that can be served; REASON and DETAIL say why (its name, its settings, two "
-        "entries with one name, an empty or unreadable file).",
+        "What the folder has for MODEL cannot be served; REASON and DETAIL say why (its name, its "
+        "settings, two entries with one name, an empty or unreadable file). Correct it: it is taken as "
+        "soon as it changes.",
     ),
     "disk_stalled": Event(
         "f9bc78a13fdd4c8491a39c6bcb681db4",
@@ -207,7 +211,7 @@ _EVENTS: dict[str, Event] = {
         "f2c5ecef57c349ffb3e64b16e4d0ada8",
         "debug",
         "A worker process was started",
-        "WORKER_PID runs MODEL. Nothing to do.",
+        "The process PID runs MODEL. Nothing to do.",
     ),
     "worker_exited": Event(
         "0fa54f7c7f654ec4a8328592d22ee251",
@@ -262,8 +266,8 @@ _EVENTS: dict[str, Event] = {
         "b3a16cd0d6514242b1c08033290bf1a7",
         "info",
         "A device was tried",
-        "STATUS tells how it went, HINT what to do if it should work and does not. `edgectl devices` "
-        "shows all.",
+        "REASON tells how it went, DETAIL what to do if it should work and does not. `edgectl devices` shows "
+        "all.",
     ),
     "device_lost": Event(
         "8e782e5171ed43fd83689ccdca1d7b7d",
@@ -283,8 +287,8 @@ _EVENTS: dict[str, Event] = {
         "5bfe784afb7e478e8294d7d43f9245af",
         "info",
         "A model was measured on another runtime or device",
-        "Both times are in microseconds (median). It switches only when the answers agree and the gain is "
-        "real.",
+        "DETAIL has both times (median). It switches only when the answers agree and the gain is real. "
+        "Nothing to do.",
     ),
     "choice_switched": Event(
         "faf1c102b76c44c6972f1942a7f41a35",
@@ -298,14 +302,14 @@ _EVENTS: dict[str, Event] = {
         "a55f2641bad54915bbcbbdd1c08ba751",
         "warning",
         "The device is short of a resource",
-        "LEVEL is the step of the ladder (WARN, REFUSE_LOADS, SHRINK, SHED), DETAIL has the figures. "
+        "LEVEL is the step of the ladder (WARN, REFUSE_LOADS, SHRINK, SHED), REASON has the figures. "
         "Unload models or end other programs; `edgectl status` shows who uses what.",
     ),
     "pressure_eased": Event(
         "b3bc7fe7cca34376a0c13f2dcb503d19",
         "info",
         "The shortage has eased",
-        "LEVEL is the step of the ladder that still holds; OK means none.",
+        "LEVEL is the step of the ladder that still holds; OK means none. Nothing to do.",
     ),
     "memory_pressed": Event(
         "43226358adcf42f8bb64f3ff48d844fc",
@@ -320,22 +324,23 @@ _EVENTS: dict[str, Event] = {
         "warning",
         "Memory pressure is not told as the service manager asked",
         "REASON says what is wrong with $MEMORY_PRESSURE_WATCH or $MEMORY_PRESSURE_WRITE. The guard looks at "
-        "memory once a second all the same.",
+        "memory once a second all the same. See MemoryPressureWatch= in systemd.resource-control(5).",
     ),
     "load_refused": Event(
         "836435439c194eb3b6130149c7e190a8",
         "warning",
         "A model was not loaded for want of memory",
-        "NEEDED_BYTES and FREE_BYTES say how much is missing. It is tried again when memory is free.",
+        "DETAIL has what is needed and what is free. It is tried again when memory is free: unload a "
+        "model, or raise resources.memory.",
     ),
     # Metrics.
     "metrics_failed": Event(
         "574e83033adf4c0bbb6bae5cbfa5f5b4",
         "error",
         "Metrics cannot be given out",
-        "PATH cannot be written or ENDPOINT not be listened on, for REASON; everything else goes on. For an "
-        "endpoint the unit's sandbox must be opened: packaging/prometheus/metrics-http.conf. Said again only "
-        "when the reason changes.",
+        "PATH cannot be written or ENDPOINT not be listened on, for REASON; everything else goes on. Correct "
+        "[metrics] in edged.toml; for an endpoint the unit's sandbox must be opened, too: copy "
+        "packaging/prometheus/metrics-http.conf. Said again only when the reason changes.",
     ),
     "metrics_on_disk": Event(
         "229ec07243064f34915081ee01b76a2e",
@@ -357,26 +362,29 @@ _EVENTS: dict[str, Event] = {
         "bdc7febeed5b4db4b64503d793d2c8a4",
         "warning",
         "A client sent something that cannot be served",
-        "CLIENT_UID and CLIENT_PID name the sender, REASON what was wrong. Further ones of this kind are "
-        "only counted, once a minute.",
+        "CLIENT_UID and CLIENT_PID name the sender, REASON and DETAIL what was wrong: look into that "
+        "program. Further ones of this kind are only counted, once a minute.",
     ),
     "client_misbehaves_count": Event(
         "adb39ccfff2d45d8ac6d7da90d0b1d79",
         "warning",
         "A client went on sending what cannot be served",
-        "COUNT more of the same kind since the last line about it.",
+        "COUNT more of the kind in REASON since the last line about it. Look into the client that the first "
+        "one names.",
     ),
     "client_slow": Event(
         "e302dae20bfb45279fd3ecf310a8eeb1",
         "warning",
         "A client does not read its replies",
-        "Its queue is full and replies for it were discarded. Nobody else is slowed.",
+        "Its queue is full and COUNT replies for it were discarded. Nobody else is slowed. Look for a "
+        "program that asks and does not read.",
     ),
     "request_internal_error": Event(
         "3eeeac0f294e4b278f82078b72eb52ae",
         "error",
         "A request failed inside the runtime",
-        "The client got INTERNAL. DETAIL has what the runtime said; further ones are counted once a minute.",
+        "The client got INTERNAL. DETAIL has what the runtime said: try the request with another runtime or "
+        "device in the model's settings. Further ones are counted once a minute.",
     ),
     # Faults of edged and of its log.
     "daemon_bug": Event(
@@ -398,8 +406,20 @@ _EVENTS: dict[str, Event] = {
         "info",
         "Records go to standard error instead of the journal",
         "The journal was asked for and REASON says why it cannot be had. Searchable fields come as soon as "
-        "journald listens; until then the same records are lines on standard error.",
+        "journald listens; until then the same records are lines on standard error. Nothing to do where "
+        "there is meant to be no journal.",
     ),
 }
 
 CATALOG: MappingProxyType[str, Event] = MappingProxyType(_EVENTS)
+
+OF_A_MODEL: frozenset[str] = frozenset(
+    {
+        *("model_loading", "model_ready", "model_swapped", "model_failed", "model_retired", "model_removed"),
+        *("model_unloaded", "model_quarantined", "model_restored", "entry_refused", "load_refused"),
+        *("worker_started", "worker_exited", "worker_crashed", "worker_hung", "worker_restarting"),
+        *("worker_restarted", "worker_over_budget", "device_fallback", "choice_measured", "choice_switched"),
+        *("batch_refused", "request_internal_error"),
+    }
+)
+"""What `journalctl -u edged MODEL=name` tells of a model: each of these kinds carries its MODEL."""

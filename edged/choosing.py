@@ -152,7 +152,7 @@ class Chooser:
             Log(
                 "choice_measured",
                 {
-                    "MODEL": instance.name,
+                    **instance.log_fields(),
                     "RUNTIME": running.candidate.runtime,
                     "DEVICE": running.candidate.device,
                     "DETAIL": _sentence(result),
@@ -177,7 +177,7 @@ class Chooser:
             Log(
                 "choice_switched",
                 {
-                    "MODEL": instance.name,
+                    **instance.log_fields(),
                     "RUNTIME": best.runtime,
                     "DEVICE": best.device,
                     "DETAIL": f"{gain:.0%} off {instance.plan[0]}: {_sentence(instance.measured[best])}",

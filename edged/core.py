@@ -399,9 +399,11 @@ class Core:
             case InstanceLoadFailed(instance=instance, reason=reason, message=message):
                 lifecycle.on_load_failed(instance, reason, message, now_s)
             case WorkerHello(worker=worker_id, pid=pid):
-                if worker_id in self.workers.table:
-                    self.workers.table[worker_id].pid = pid
-                    self._out.append(Log("worker_started", {"PID": str(pid)}))
+                worker = self.workers.table.get(worker_id)
+                if worker is not None:
+                    worker.pid = pid
+                    for about in worker.about.values():
+                        self._emit(Log("worker_started", {**about, "PID": str(pid)}))
             case WorkerGone():
                 self.runs.on_worker_gone(event, now_s)
                 lifecycle.on_worker_gone(event.worker, event.how, now_s)

@@ -145,6 +145,8 @@ class Worker:
     device: str
     shared: bool
     instances: set[int] = field(default_factory=set)
+    about: dict[int, dict[str, str]] = field(default_factory=dict)
+    """What a line of the log about it says of each instance in it, and when it is empty of the last one."""
     concurrency: int = 1
     """How many runs it executes at once; it has one slot more than that."""
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS_AT_START)))

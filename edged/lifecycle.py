@@ -228,7 +228,10 @@ class Lifecycle:
             "DURATION_MS": str(round((now_s - instance.load_started_s) * 1000)),
         }
         if instance.fallback_reason:
-            self._around.emit(Log("device_fallback", {**fields, "REASON": instance.fallback_reason}))
+            settings = instance.settings
+            wanted = {"WANTED": " on ".join(filter(None, (settings.device, settings.runtime)))}
+            reason = {"REASON": instance.fallback_reason}
+            self._around.emit(Log("device_fallback", {**fields, **wanted, **reason}))
         if instance.track.serving is instance:
             self._around.emit(Log("worker_restarted", fields))
         else:
@@ -247,8 +250,10 @@ class Lifecycle:
             track.failure = None
         self._around.emit(EndAttempt(instance.staged.digest))
         self._around.emit(MarkGood(instance.entry, instance.staged))
-        self._around.emit(Log("model_ready" if old is None else "model_swapped", fields))
-        if old is not None:
+        if old is None:
+            self._around.emit(Log("model_ready", fields))
+        else:
+            self._around.emit(Log("model_swapped", {**fields, "PREVIOUS_VERSION": str(old.version)}))
             if old.version == instance.version and old.staged.digest == instance.staged.digest:
                 instance.stats = old.stats
             self.retirement.drain(old, "MODEL_RETIRED", f"version {instance.version} serves now", now_s)
@@ -294,7 +299,7 @@ class Lifecycle:
         self._around.emit(EndAttempt(instance.staged.digest))
         self.retirement.forget(instance)
         serving.measured[candidate] = {**serving.measured.get(candidate, {}), "agrees": False, "why": message}
-        fields = {"MODEL": serving.name, "RUNTIME": candidate.runtime, "DEVICE": candidate.device}
+        fields = {**serving.log_fields(), "RUNTIME": candidate.runtime, "DEVICE": candidate.device}
         self._around.emit(Log("choice_measured", {**fields, "DETAIL": message}))
         if serving.choice != "pinned":
             serving.choice = "measured"
@@ -353,7 +358,9 @@ class Lifecycle:
                 instance.worker = None
                 self._lost_worker(instance, worker, why, now_s)
         if not worker.instances:
-            self._around.emit(Log("worker_exited", {"PID": str(worker.pid or 0), "REASON": why}))
+            for about in worker.about.values():
+                fields = {**about, "PID": str(worker.pid or 0), "REASON": why}
+                self._around.emit(Log("worker_exited", fields))
         self.step(now_s)
 
     def _lost_worker(self, instance: Instance, worker: Worker, why: str, now_s: float) -> None:
@@ -369,8 +376,8 @@ class Lifecycle:
             self.retirement.worker_gone(instance, text, now_s)
         elif instance.track.serving is instance:
             kind = "worker_hung" if worker.killed_for == RUN_HUNG else "worker_crashed"
-            fields = {**instance.log_fields(), "PID": str(worker.pid or 0), "REASON": why}
-            self._around.emit(Log(kind, fields))
+            fields = {**instance.log_fields(), "RUNTIME": worker.runtime, "DEVICE": worker.device}
+            self._around.emit(Log(kind, {**fields, "PID": str(worker.pid or 0), "REASON": why}))
             self._crashed(instance, "WORKER_CRASHED", text, now_s)
         elif instance.state is InstanceState.LOADING:
             self._lost_while_loading(instance, worker, why, now_s)
@@ -401,7 +408,7 @@ class Lifecycle:
             self._start_load(instance, now_s)
             return
         pause_ms = round(pause_s * 1000)
-        fields = {"MODEL": instance.name, "DURATION_MS": str(pause_ms), "REASON": message}
+        fields = {**instance.log_fields(), "DURATION_MS": str(pause_ms), "REASON": message}
         self._around.emit(Log("worker_restarting", fields))
         text = f"model '{instance.name}': {instance.message}"
         self._hooks.flush(instance, Unavailable(text, reason=reason, retry_after_ms=pause_ms))

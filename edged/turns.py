@@ -96,7 +96,7 @@ class Turns:
                 instance.reason, instance.message = "", ""
             return True
         if not refused_before:
-            fields = {"MODEL": instance.name, "REASON": "MEMORY_PRESSURE", "DETAIL": sentence}
+            fields = {**instance.log_fields(), "REASON": "MEMORY_PRESSURE", "DETAIL": sentence}
             self._around.emit(Log("load_refused", fields))
         instance.reason, instance.message = "MEMORY_PRESSURE", sentence
         self._memory_retry_s = now_s + MEMORY_RETRY_S

@@ -43,6 +43,8 @@ class Workers:
         worker = self._to_share(instance, candidate) or self._start(instance, candidate)
         instance.worker = worker.id
         worker.instances.add(instance.id)
+        worker.about = {key: worker.about[key] for key in worker.instances & worker.about.keys()}
+        worker.about[instance.id] = instance.log_fields()
         return worker
 
     @staticmethod
@@ -171,6 +173,8 @@ class Workers:
         if worker is None:
             return
         worker.instances.discard(instance.id)
+        if worker.instances:
+            worker.about.pop(instance.id, None)
         if not worker.instances and worker.kill_at_s is None:
             worker.kill_at_s = now_s + WORKER_END_S
             self._around.emit(EndWorker(worker.id))
@@ -203,7 +207,9 @@ class Workers:
             worker.rss_bytes = rss_bytes.get(worker.pid, worker.rss_bytes)
             if worker.pid in over_budget and not worker.killed_for:
                 text = f"over its memory budget with {worker.rss_bytes} bytes"
-                self._around.emit(Log("worker_over_budget", {"PID": str(worker.pid), "REASON": text}))
+                for about in worker.about.values():
+                    fields = {**about, "PID": str(worker.pid), "REASON": text}
+                    self._around.emit(Log("worker_over_budget", fields))
                 self.kill(worker, text, now_s)
 
     def tick(self, now_s: float) -> None:

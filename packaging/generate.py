@@ -11,7 +11,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from edged.catalog import CATALOG  # noqa: E402 - this script also runs where edged is not installed
+from edged.catalog import CATALOG, OF_A_MODEL  # noqa: E402 - this script also runs where edged is not installed
 from edged.families import FAMILIES  # noqa: E402 - as above
 
 CATALOG_FILE = ROOT / "packaging" / "edged.catalog"
@@ -35,9 +35,10 @@ def catalog_text() -> str:
 
 def table() -> str:
     """The events as a Markdown table."""
-    rows = ["| event | level | says | `MESSAGE_ID` |", "| --- | --- | --- | --- |"]
+    rows = ["| event | level | says | `MODEL` | `MESSAGE_ID` |", "| --- | --- | --- | --- | --- |"]
     rows += [
-        f"| `{kind}` | {event.level} | {event.message} | `{event.message_id}` |"
+        f"| `{kind}` | {event.level} | {event.message} | {'yes' if kind in OF_A_MODEL else ''} "
+        f"| `{event.message_id}` |"
         for kind, event in CATALOG.items()
     ]
     return "\n".join(rows)

@@ -48,6 +48,14 @@ def test_the_catalog_has_one_id_for_each_kind() -> None:
         assert event.level in ("debug", "info", "warning", "error")
 
 
+def test_every_kind_says_what_to_do() -> None:
+    """A command, a setting, a place to look, or that there is nothing to do."""
+    verbs = "look|correct|raise|set|put|free|mount|unload|report|try|name|pin|see|run|ask|copy"
+    for kind, event in CATALOG.items():
+        told = re.search(rf"\b({verbs})\b|nothing to do|`[a-z]+ ", event.explain, re.IGNORECASE)
+        assert told, f"{kind}: {event.explain}"
+
+
 def test_text_is_one_readable_line() -> None:
     """Time, level, sentence and fields, values with spaces quoted, absent ones left out."""
     line = written(

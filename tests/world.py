@@ -8,12 +8,14 @@ test wants, each source's own events in their order. Whatever the core may never
 from __future__ import annotations
 
 import itertools
+import re
 from collections import Counter, deque
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edged.catalog import CATALOG, OF_A_MODEL
 from edged.config import Config, LimitsConfig, ModelSettings, ServerConfig
 from edged.core import Core, Identity
 from edged.devices import Candidate
@@ -393,6 +395,8 @@ class World:
 
     def carry(self, effect: Effect) -> None:
         """As the daemon would."""
+        if isinstance(effect, Log):
+            check_line(effect)
         act: Callable[[Any], None] | None = getattr(self, f"_on_{type(effect).__name__}", None)
         if act is not None:
             act(effect)
@@ -644,6 +648,18 @@ class World:
 def route_of(client: bytes | int) -> Route:
     """Where a client's replies go."""
     return (client,) if isinstance(client, int) else (client, b"")
+
+
+def check_line(line: Log) -> None:
+    """A line of the log has what its kind promises: its model, and the fields that are explained."""
+    explained = CATALOG[line.kind].explain
+    # Words in capitals are names of fields, but for reasons, levels and states that clients see.
+    others = {"UNAVAILABLE", "MODEL_LOADING", "MODEL_UNLOADED", "WORKER_CRASHED", "INTERNAL"}
+    others |= {"WARN", "REFUSE_LOADS", "SHRINK", "SHED"}
+    promised = set(re.findall(r"\b[A-Z][A-Z_]{2,}\b", explained)) - others
+    if line.kind in OF_A_MODEL:
+        promised.add("MODEL")
+    assert promised <= {name for name, value in line.fields.items() if value is not None}, line
 
 
 def info_of(spec: dict[str, Any], *, batch_max: int = 1, instances: int = 1) -> dict[str, Any]:
