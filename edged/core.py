@@ -399,10 +399,10 @@ class Core:
             case InstanceLoadFailed(instance=instance, reason=reason, message=message):
                 lifecycle.on_load_failed(instance, reason, message, now_s)
             case WorkerHello(worker=worker_id, pid=pid):
-                worker = self.workers.table.get(worker_id)
-                if worker is not None:
-                    worker.pid = pid
-                    for about in worker.about.values():
+                came = self.workers.table.get(worker_id)
+                if came is not None:
+                    came.pid = pid
+                    for about in came.about.values():
                         self._emit(Log("worker_started", {**about, "PID": str(pid)}))
             case WorkerGone():
                 self.runs.on_worker_gone(event, now_s)
