@@ -2,9 +2,9 @@
 
 Pure. Times are kept for sizes 1, 2, 3–4, 5–8 and so on, each as a running mean of the runs whose rows fell
 into it, and read off by straight lines between them. Three things are known of each model: `expect_s`, the
-run itself; `turn_s`, the run and what goes around it, which is what a queue is worked off by; `safe_s`, the
-turn and as much again as turns have varied of late, by which a promise is kept. All are 0 while nothing is
-known: who asks must then try.
+run itself; `turn_s`, the run and what goes around it, which is what a queue is worked off by; `margin_s`,
+what is to be added to a sum of turns, by how much turns have varied of late, for a promise to be kept. All
+are 0 while nothing is known: who asks must then try.
 
 A mean follows slowly (`GAIN`), and a run that took very long counts as a long one and no more (`OUTLIER`), so
 that one page fault does not make a model refuse. Should a whole size have had bad luck, it forgets: what was
@@ -13,6 +13,7 @@ measured at load wins ground again as long as that size is not run.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -26,7 +27,8 @@ OUTLIER = 2.0
 change of threefold is learned within some twenty runs."""
 
 VARIATIONS = 4.0
-"""Mean deviations on top of the mean for what must be kept: as for TCP's time-out (RFC 6298, 2.3)."""
+"""Mean deviations on top of the mean for what must be kept: as for TCP's time-out (RFC 6298, 2.3). Those of
+several turns grow with the root of their number."""
 
 RATE_GAIN_MIN = 1.05
 """More rows are worth waiting for only where they raise rows/s by a twentieth: less is noise."""
@@ -100,9 +102,9 @@ class RunTimes:
         """From the moment the worker is free until such a run is over and told; 0 while nothing is known."""
         return self.expect_s(rows) + self._around_s if self._order else 0.0
 
-    def safe_s(self, rows: int) -> float:
-        """A turn, with room for how much turns vary; 0 while nothing is known."""
-        return self.turn_s(rows) * (1.0 + VARIATIONS * self._deviation)
+    def margin_s(self, turns_s: float) -> float:
+        """By how much turns that are expected to take so long together may take longer."""
+        return VARIATIONS * self._deviation * math.sqrt(turns_s * self.turn_s(1))
 
     def drain_s(self, rows: int, batch_max: int) -> float:
         """How long so many waiting rows take in the best batches."""

@@ -165,9 +165,9 @@ class Runs:
         worker = self._workers.table[instance.worker or 0]
         if not rows and len(worker.runs) < worker.concurrency:
             return
-        late_s = (
-            now_s + self._busy_s(instance, rows, now_s) + instance.times.safe_s(job.rows) - job.deadline_s
-        )
+        times = instance.times
+        left_s = self._busy_s(instance, rows, now_s) + times.turn_s(job.rows)
+        late_s = now_s + left_s + times.margin_s(left_s) - job.deadline_s
         if late_s > 0.0:
             raise DeadlineExceeded(
                 f"it would be {_ms(late_s)} ms late, with {rows} rows ahead of it; ask again later, or with "
@@ -226,7 +226,7 @@ class Runs:
                 rows = sum([each.rows for each in jobs])
             self._start(jobs, rows, instance, worker, now_s)
 
-    def _serving(self, worker: Worker, now_s: float) -> list[int]:
+    def _serving(self, worker: Worker, now_s: float) -> list[Instance]:
         """The instances of a worker that have something for it to do now."""
         found = []
         for each in worker.instances:
@@ -236,7 +236,7 @@ class Runs:
                 and (instance.state is InstanceState.READY or instance.state is InstanceState.DRAINING)
                 and not (instance.hold_s and self._held(instance, worker, now_s))
             ):
-                found.append(each)
+                found.append(instance)
         return found
 
     def _held(self, instance: Instance, worker: Worker, now_s: float) -> bool:
@@ -248,7 +248,8 @@ class Runs:
         until_s = scheduler.queued_since_s(instance.id) + instance.hold_s
         deadline_s = scheduler.next_deadline_s()
         if deadline_s is not None:
-            until_s = min(until_s, deadline_s - times.safe_s(rows))
+            turn_s = times.turn_s(rows)
+            until_s = min(until_s, deadline_s - turn_s - times.margin_s(turn_s))
         if until_s <= now_s:
             return False
         self._held_until_s[worker.id] = until_s

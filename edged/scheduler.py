@@ -14,6 +14,9 @@ its clients; a client (the kernel's word: uid and pid) has its waiting jobs.
    served last (start-time fair queueing: Goyal, Vin, Cheng, SIGCOMM '96). So whoever floods waits behind
    itself. Equal counts: the earlier deadline, then who came first.
 3. Within a client the earliest deadline goes first, then who came first.
+4. What was admitted with a deadline is to be in time, whoever comes after: a job that would be late if 2.'s
+   choice went before it goes first, unless its client has more waiting than its part (`PART_ROWS` and
+   `PART_OF_OTHERS`), in which case it waits behind itself as ever.
 
 Where instances share a worker, the best level of all goes first, and of equal ones the instance that had its
 turn longest ago.
@@ -34,12 +37,13 @@ early stays in its heap until it comes up, or until such entries outnumber the o
 
 from __future__ import annotations
 
+import bisect
 import enum
 import heapq
 import math
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import msgspec
 
@@ -59,6 +63,13 @@ AGE_PASSES = 10
 RIDE_ALONG = 1.1
 """Rows of a worse level may make a run of better ones this much longer: a tenth is within what runs vary."""
 
+PART_ROWS, PART_OF_OTHERS = 4, 1.5
+"""A client has its part of the waiting rows with so many and so many times what the level's others have on
+average: those that ask alike are below it, one that floods is far above."""
+
+PROMISES_LOOKED_AT = 16
+"""Jobs with the earliest deadlines that are looked at to see whether one more can go before them."""
+
 MISSES_MAX = 16
 """Clients whose next job does not fit that are passed over while a batch is put together."""
 
@@ -73,6 +84,22 @@ Client = tuple[int, int]
 
 ShapeKey = tuple[Any, ...]
 """Jobs of one instance with the same key may share a run."""
+
+
+class Serving(Protocol):
+    """An instance that serves, as far as the scheduler asks."""
+
+    @property
+    def id(self) -> int:
+        """By which its jobs name it."""
+
+    @property
+    def times(self) -> RunTimes:
+        """How long its runs take."""
+
+    @property
+    def batch_max(self) -> int:
+        """Rows that may share a run."""
 
 
 class JobState(enum.Enum):
@@ -152,7 +179,6 @@ class _Waiting:
             self.recent.appendleft(job)  # it had its turn, and is not the last that came
         else:
             self.recent.append(job)
-        self.count(job, 1)
 
     def count(self, job: Job, sign: int) -> None:
         self.jobs += sign
@@ -164,11 +190,26 @@ class _Waiting:
 class _Level:
     """The clients of one priority."""
 
-    __slots__ = ("clients", "clock", "heap", "jobs", "passed_since_s", "passes", "priority", "rows")
+    __slots__ = (
+        "active",
+        "clients",
+        "clock",
+        "heap",
+        "jobs",
+        "passed_since_s",
+        "passes",
+        "priority",
+        "rows",
+        "timed",
+    )
 
     def __init__(self, priority: int) -> None:
         self.priority = priority
         self.clients: dict[Client, _Waiting] = {}
+        self.active = 0
+        """Clients with waiting jobs."""
+        self.timed: list[tuple[float, int, Job]] = []
+        """Jobs with a deadline, the earliest first."""
         self.heap: list[tuple[float, float, int, _Waiting]] = []
         self.clock = 0.0
         self.jobs = self.rows = 0
@@ -186,7 +227,11 @@ class _Level:
         if not self.jobs:
             self.passes, self.passed_since_s = 0, job.arrived_s
         client.add(job)
-        self.count(job, 1)
+        self.count(client, job, 1)
+        if job.deadline_s != math.inf:
+            if len(self.timed) > 2 * self.jobs + SLACK:
+                self.timed = [row for row in self.timed if row[2].state is JobState.QUEUED]
+            bisect.insort(self.timed, (job.deadline_s, job.seq, job))
         if client.jobs == 1 or client.heap[0][2] is job:
             self.enter(client)
 
@@ -197,9 +242,12 @@ class _Level:
             kept = {k: c for k, c in self.clients.items() if c.jobs}
         self.clients = kept
 
-    def count(self, job: Job, sign: int) -> None:
+    def count(self, client: _Waiting, job: Job, sign: int) -> None:
         self.jobs += sign
         self.rows += sign * job.rows
+        client.count(job, sign)
+        if client.jobs == (1 if sign > 0 else 0):
+            self.active += sign
 
     def enter(self, client: _Waiting) -> None:
         """Puts a client with waiting jobs into its place."""
@@ -229,13 +277,35 @@ class _Level:
                 heapq.heappop(heap)
         return None
 
+    def urgent(self, fair: Job, serving: Serving, now_s: float) -> Job | None:
+        """The job to go before `fair`, if with that one first some that were promised would be late."""
+        timed, times = self.timed, serving.times
+        while timed and not self._promised(timed[0][2]):
+            del timed[0]  # it ran, or its client has lost the right to be put before others
+        best = times.best_rows(serving.batch_max)
+        row_s = times.turn_s(best) / best
+        at_s = now_s + times.turn_s(fair.rows) + times.margin_s(PROMISES_LOOKED_AT * row_s)
+        first: Job | None = None
+        for deadline_s, _, job in timed[:PROMISES_LOOKED_AT]:
+            if not self._promised(job) or now_s + times.turn_s(job.rows) > deadline_s:
+                continue
+            first = first or job
+            at_s += row_s * job.rows
+            if at_s > deadline_s:
+                return self.clients[first.client].head()
+        return None
+
+    def _promised(self, job: Job) -> bool:
+        if job.state is not JobState.QUEUED:
+            return False
+        return _in_part(self.clients[job.client].rows, self.rows, self.active)
+
     def serve(self, client: _Waiting, job: Job) -> None:
         """The client's next job, which is `job`, goes to run."""
         heapq.heappop(client.heap)
         if self.heap[0] is client.entry:
             heapq.heappop(self.heap)
-        client.count(job, -1)
-        self.count(job, -1)
+        self.count(client, job, -1)
         if not job.charged:
             job.charged = True
             self.clock = max(self.clock, client.served)
@@ -251,14 +321,19 @@ class _Level:
             if head is not None and head.deadline_s <= job.deadline_s:
                 own = mine.rows if job.deadline_s == math.inf else mine.timed_rows
         share = own + job.rows
-        rows, looked_at = own, 0
+        active = self.active + (mine is None or not mine.jobs)
+        rows, put_first, looked_at = own, own, 0
         for client in self.clients.values():
             if client is not mine and client.jobs:
                 looked_at += 1
                 if looked_at > CLIENTS_LOOKED_AT:
                     return self.rows
                 rows += min(client.rows, share)
-        return rows
+                if _in_part(client.rows, self.rows + job.rows, active):
+                    put_first += client.timed_rows
+        # Those with earlier deadlines may be put first so that they are in time.
+        earlier = bisect.bisect_left(self.timed, (job.deadline_s,)) * self.rows // self.jobs
+        return max(rows, min(put_first, earlier))
 
     def largest(self) -> _Waiting:
         """The client with the most waiting jobs."""
@@ -267,6 +342,11 @@ class _Level:
     def aged(self, now_s: float) -> bool:
         """Whether it has been passed over for too long."""
         return self.passes >= AGE_PASSES and now_s - self.passed_since_s > AGE_S
+
+
+def _in_part(rows: int, all_rows: int, clients: int) -> bool:
+    """Whether a client with so many waiting rows has no more than its part of all."""
+    return (rows - PART_ROWS) * (clients - 1) <= PART_OF_OTHERS * (all_rows - rows)
 
 
 class _Queue:
@@ -301,8 +381,7 @@ class _Queue:
     def remove(self, job: Job) -> None:
         """A waiting job is answered; its entry in the heap is passed over when it comes up."""
         level = self.level(job.priority)
-        level.count(job, -1)
-        level.clients[job.client].count(job, -1)
+        level.count(level.clients[job.client], job, -1)
         self.jobs -= 1
         self.rows -= job.rows
 
@@ -434,29 +513,33 @@ class Scheduler:
 
     # ------------------------------------------------------------------ going out
 
-    def best(self, instances: Sequence[int], now_s: float) -> Job | None:
+    def best(self, instances: Sequence[Serving], now_s: float) -> Job | None:
         """The job that is to run next of all that wait for these instances; it stays where it is."""
         found: tuple[int, int] | None = None
         first: _Level | None = None
+        serving: Serving | None = None
         for instance in instances:
-            queue = self._queues.get(instance)
+            queue = self._queues.get(instance.id)
             if queue is None or not queue.jobs:
                 continue
             candidate = queue.first(now_s)
             if candidate is not None:
                 rank = candidate[0], queue.turn
                 if found is None or rank < found:
-                    found, first = rank, candidate[1]
+                    found, first, serving = rank, candidate[1], instance
         client = None if first is None else first.head()
-        return None if client is None else client.head()
+        fair = None if client is None else client.head()
+        if fair is None or first is None or serving is None or not first.timed:
+            return fair
+        return first.urgent(fair, serving, now_s) or fair
 
-    def take(self, job: Job, instances: Sequence[int], now_s: float) -> None:
+    def take(self, job: Job, instances: Sequence[Serving], now_s: float) -> None:
         """The job that `best` gave goes to run, and so the others of these instances are passed over."""
         queue = self._queues[job.instance]
         self._turns += 1
         queue.turn = self._turns
         for instance in instances:
-            other = self._queues.get(instance)
+            other = self._queues.get(instance.id)
             if other is not None and other.jobs:
                 for level in other.levels:
                     level.passes += 1

@@ -10,7 +10,7 @@ from edged.estimate import REVIEW_RUNS, RunTimes
 def test_nothing_known_is_zero() -> None:
     """Who asks must then try."""
     times = RunTimes()
-    assert (times.expect_s(1), times.turn_s(4), times.safe_s(4), times.drain_s(100, 8)) == (0, 0, 0, 0)
+    assert (times.expect_s(1), times.turn_s(4), times.margin_s(1.0), times.drain_s(100, 8)) == (0, 0, 0, 0)
     assert times.best_rows(8) == 8
 
 
@@ -67,8 +67,9 @@ def test_a_promise_has_room_for_how_much_turns_vary() -> None:
     for n in range(200):
         steady.observe(1, 0.001, 0.001)
         varying.observe(1, *[0.0008 + 0.0004 * (n % 2)] * 2)
-    assert steady.safe_s(1) == pytest.approx(0.001, rel=0.01)
-    assert varying.safe_s(1) > 0.0015
+    assert steady.margin_s(0.001) < 0.00001
+    assert varying.margin_s(0.001) == pytest.approx(4 * 0.0002, rel=0.2)
+    assert varying.margin_s(0.016) == pytest.approx(4 * varying.margin_s(0.001)), "the root of sixteen turns"
 
 
 def test_the_best_size_is_that_of_the_most_rows_in_a_second() -> None:

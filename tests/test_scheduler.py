@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -73,11 +74,21 @@ def admit(queues: Scheduler, each: Job, queue_length: int | None = None) -> Job:
     return each
 
 
-def take(queues: Scheduler, *instances: int, now_s: float = 0.0) -> Job | None:
+@dataclass
+class Model:
+    """An instance that serves."""
+
+    id: int
+    times: RunTimes
+    batch_max: int = 1
+
+
+def take(queues: Scheduler, *instances: int, now_s: float = 0.0, times: RunTimes | None = None) -> Job | None:
     """The next job, which goes to run."""
-    found = queues.best(instances or (1,), now_s)
+    serving = [Model(each, times or RunTimes()) for each in instances or (1,)]
+    found = queues.best(serving, now_s)
     if found is not None:
-        queues.take(found, instances or (1,), now_s)
+        queues.take(found, serving, now_s)
     return found
 
 
@@ -423,18 +434,56 @@ def test_what_is_ahead_of_a_request_is_reckoned_in_its_order() -> None:
     """All of better levels, none of worse ones, of its own level as much of each client as it has itself."""
     queues = scheduler()
     assert queues.rows_ahead(job(deadline_s=1.0)) == 0
-    for _ in range(10):
+    for _ in range(12):
         admit(queues, job(client=1, deadline_s=5.0))
-    assert queues.rows_ahead(job(client=1, deadline_s=6.0)) == 10
+    assert queues.rows_ahead(job(client=1, deadline_s=6.0)) == 12
     assert queues.rows_ahead(job(client=1, deadline_s=4.0)) == 0
     assert queues.rows_ahead(job(client=2, deadline_s=6.0)) == 1
     admit(queues, job(client=2, deadline_s=5.0, rows=3))
     assert queues.rows_ahead(job(client=2, deadline_s=6.0)) == 3 + 4
-    assert queues.rows_ahead(job(client=3, deadline_s=6.0)) == 2
+    assert queues.rows_ahead(job(client=3, deadline_s=6.0)) == 3
     admit(queues, job(client=4, priority=1, rows=20))
     admit(queues, job(client=4, priority=9, rows=20))
-    assert queues.rows_ahead(job(client=3, deadline_s=6.0)) == 22
-    assert queues.rows_ahead(job(client=3, deadline_s=6.0, priority=9)) == 33 + 1
+    assert queues.rows_ahead(job(client=3, deadline_s=6.0)) == 23
+    assert queues.rows_ahead(job(client=3, deadline_s=6.0, priority=9)) == 35 + 1
+
+
+def test_promises_may_be_put_first_and_so_they_are_ahead() -> None:
+    """Those of clients that have no more than their part, as far as their deadlines are earlier."""
+    queues = scheduler()
+    for client in range(4):
+        for n in range(3):
+            admit(queues, job(client=client, deadline_s=1.0 + n))
+    assert queues.rows_ahead(job(client=9, deadline_s=5.0)) == 12
+    assert queues.rows_ahead(job(client=9, deadline_s=1.5)) == 4
+    assert queues.rows_ahead(job(client=9, deadline_s=0.5)) == 4, "each client's first"
+
+
+def test_what_was_promised_goes_before_what_is_fair() -> None:
+    """A job that would be late otherwise; not one of a client that floods, nor one that is late anyway."""
+    times = RunTimes([[1, 1000]])
+    for waiting, late, first in ((1, False, True), (3, False, True), (30, False, False), (1, True, False)):
+        queues = scheduler()
+        admit(queues, job(client=1))
+        take(queues)
+        promised = admit(queues, job(client=1, deadline_s=0.0005 if late else 0.0015))
+        for _ in range(waiting - 1):
+            admit(queues, job(client=1))
+        fresh = admit(queues, job(client=2))
+        assert take(queues, times=times) is (promised if first else fresh), (waiting, late)
+
+
+def test_promises_are_kept_together() -> None:
+    """Not only the most urgent is looked at: one run for the sake of fairness may be one too many for all."""
+    times = RunTimes([[1, 1000]])
+    for count, first in ((3, False), (4, True)):
+        queues = scheduler()
+        for client in range(count):
+            admit(queues, job(client=client))
+            take(queues)
+        promised = [admit(queues, job(client=c, deadline_s=0.0045)) for c in range(count)]
+        fresh = admit(queues, job(client=9))
+        assert take(queues, times=times) is (promised[0] if first else fresh)
 
 
 def test_ones_own_jobs_without_a_deadline_are_not_ahead() -> None:
