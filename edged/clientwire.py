@@ -9,12 +9,15 @@ from __future__ import annotations
 
 import functools
 import os
+import struct
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
+import msgpack
 import numpy as np
 
 from edged.arrays import (
+    DTYPES,
     VALUE_DATATYPES,
     Array,
     Buffer,
@@ -36,8 +39,11 @@ __all__ = [
     "InferResult",
     "Memory",
     "Place",
+    "Recipe",
+    "RecipeRequest",
     "Request",
     "answer",
+    "form_of",
     "infer_request",
     "knows_region",
     "needs_metadata",
@@ -63,6 +69,9 @@ _SHARED_BYTES_MIN = 256 * 1024
 """From this size on a copy into a lease beats a frame by enough to hold shared memory for it. On two cores,
 lease to frame: 64 KiB 317 to 329 µs, 128 KiB 335 to 356, 256 KiB 346 to 409, 588 KiB 351 to 484, 6 MiB 1143
 to 2518."""
+
+_PLAIN_DTYPES = frozenset(DTYPES.values())
+"""Those whose bytes are on the wire as they are in memory."""
 
 _ALIGNMENT = 64
 """A tensor in a buffer begins on a cache line, as runtimes want it."""
@@ -93,6 +102,106 @@ class Request:
         self.parameters: dict[str, Any] | None = header.get("parameters")
         self.frames = frames
         self.release = release
+
+    def packed(self, request_id: int, timeout_us: int | None, packer: msgpack.Packer) -> bytes:
+        """The header as it is sent."""
+        self.header["id"] = request_id
+        if timeout_us is not None and self.parameters is not None:
+            self.parameters["timeout"] = timeout_us
+        packed: bytes = packer.pack(self.header)
+        return packed
+
+
+class Recipe:
+    """The form of requests that differ in nothing but their bytes, packed once.
+
+    An app asks for the same thing again and again: then all that is made anew is what changes. Two
+    requests are of one form when `form_of` says the same of them.
+    """
+
+    __slots__ = ("_between", "_first", "_last")
+
+    _CHANGING = struct.Struct(">Q4sQ")  # timeout, then the key `id` and the byte that begins its value
+
+    def __init__(
+        self,
+        model: str,
+        inputs: Mapping[str, Array],
+        *,
+        version: str | int | None,
+        outputs: Sequence[str] | None,
+        priority: int,
+    ) -> None:
+        pack = msgpack.packb
+        head: dict[str, Any] = {"method": "model_infer", "model_name": model}
+        if version is not None:
+            head["model_version"] = str(version)
+        if outputs is not None:
+            head["outputs"] = [{"name": name} for name in outputs]
+        parts = [bytes([0x80 | len(head) + 3])]  # a map of so many keys: those, parameters, id and inputs
+        parts += [pack(each) for pair in head.items() for each in pair]
+        chosen = {"priority": priority} if priority else {}
+        parts += [pack("parameters"), bytes([0x80 | len(chosen) + 1])]
+        parts += [pack(each) for pair in chosen.items() for each in pair]
+        parts += [pack("timeout"), b"\xcf"]  # and the 8 bytes of an unsigned int
+        self._first = b"".join(parts)
+        before = pack("inputs") + msgpack.Packer().pack_array_header(len(inputs))
+        self._between: list[bytes] = []
+        for name, array in inputs.items():
+            tensor = {"name": name, "datatype": datatype_of(array.dtype), "shape": list(array.shape)}
+            packed = bytes([0x80 | len(tensor) + 1]) + pack(tensor)[1:] + pack("data")
+            length = array.nbytes
+            self._between.append(before + packed + b"\xc5" + length.to_bytes(2, "big"))  # bin 16
+            before = b""
+        self._last = before
+
+    def packed(self, inputs: Mapping[str, Array], request_id: int, timeout_us: int) -> bytes:
+        """A request of this form."""
+        parts = [self._first, self._CHANGING.pack(timeout_us, b"\xa2id\xcf", request_id)]
+        for between, array in zip(self._between, inputs.values(), strict=True):
+            parts.append(between)
+            parts.append(array.tobytes())
+        parts.append(self._last)
+        return b"".join(parts)
+
+
+class RecipeRequest(Request):
+    """A request by a recipe: small arrays and nothing else."""
+
+    __slots__ = ("_inputs", "_recipe")
+
+    def __init__(self, recipe: Recipe, inputs: Mapping[str, Array]) -> None:
+        super().__init__({})
+        self._recipe = recipe
+        self._inputs = inputs
+
+    def packed(self, request_id: int, timeout_us: int | None, packer: msgpack.Packer) -> bytes:
+        """The header as it is sent."""
+        return self._recipe.packed(self._inputs, request_id, timeout_us or 0)
+
+
+def form_of(
+    model: str,
+    inputs: Mapping[str, Any],
+    *,
+    version: str | int | None,
+    outputs: Sequence[str] | None,
+    priority: int,
+) -> tuple[Any, ...] | None:
+    """What a recipe depends on; None for a request that cannot be made by one."""
+    form: list[Any] = [model, version, priority, None if outputs is None else tuple(outputs)]
+    nbytes = 0
+    for name, array in inputs.items():
+        if type(array) is not np.ndarray:
+            return None
+        dtype = array.dtype
+        if dtype not in _PLAIN_DTYPES or array.nbytes > _INLINE_BYTES_MAX:
+            return None
+        nbytes += array.nbytes
+        form.append(name)
+        form.append(dtype)
+        form.append(array.shape)
+    return tuple(form) if nbytes <= _INLINE_TOTAL_BYTES_MAX else None
 
 
 class Memory(Protocol):
@@ -333,6 +442,11 @@ class InferPlan:
                 release(True)
             raise
         return Request(self._header, frames, release)
+
+    @property
+    def needs_frames(self) -> bool:
+        """Whether a tensor goes as a frame even if there is a lease."""
+        return any(offset < 0 for _, _, offset in self._large)
 
     def _fill(self, buffer: Memory | None) -> list[Buffer]:
         frames: list[Buffer] = []

@@ -4,12 +4,8 @@ A link never reconnects. When the daemon goes, libzmq's monitor says so, every r
 as lost, and the client makes a new link: so a request belongs to one life of the daemon, a reply can
 never come from another, and "sent, but lost" is told apart from "never sent".
 
-Threads share a link without a thread of its own, whose two extra wake-ups would cost more than all of
-the client's Python. Every use of the socket happens under one lock, and never blocks. Of the threads
-that wait for replies one leads: it sleeps in poll(2) on libzmq's descriptors, outside the lock, so that
-others can send meanwhile; it hands the others their replies, and when it has its own it passes the lead
-on. libzmq's descriptors are edge-triggered: so whoever used the socket asks for its events before
-letting go of the lock, and takes what has come.
+How threads share it is `exchange`'s. libzmq's descriptors are edge-triggered: so whoever used the socket
+asks for its events before letting go of the lock, and takes what has come.
 
 The same object serves an event loop, which watches `fds` itself and calls `drain` when one is readable.
 """
@@ -17,7 +13,6 @@ The same object serves an event loop, which watches `fds` itself and calls `drai
 from __future__ import annotations
 
 import contextlib
-import enum
 import errno
 import os
 import select
@@ -26,14 +21,15 @@ import struct
 import threading
 import time
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import msgpack
 import zmq
 
-from edged.clientwire import HEADER_BYTES_MAX, Request, socket_paths
-from edged.errors import Code, DeadlineExceeded, InvalidArgument, PermissionDenied, Unavailable
+from edged.clientwire import socket_paths
+from edged.errors import PermissionDenied, Unavailable
+from edged.exchange import Exchange, LinkState
 
 __all__ = [
     "FULL_POLL_S",
@@ -41,10 +37,7 @@ __all__ = [
     "RETURN_S_MAX",
     "EventLink",
     "Link",
-    "LinkState",
-    "Pending",
     "find_socket",
-    "timeout_us",
 ]
 
 RETURN_S_MAX = 10.0
@@ -62,9 +55,6 @@ _NOCOPY_BYTES_MIN = 1024 * 1024
 _HANDSHAKE_S_MAX = 5.0
 """A daemon that accepts but does not shake hands for this long is stuck."""
 
-_ANSWERED_EARLY = (Code.DEADLINE_EXCEEDED.value, Code.CANCELLED.value)
-"""Errors that a daemon may answer with while the model still runs."""
-
 _EVENT_QUEUE_MAX = 1000
 """Events kept for a subscriber that does not read; libzmq drops what comes after."""
 
@@ -80,60 +70,6 @@ _MONITORED = (
 # As plain ints: operations on pyzmq's enums cost a microsecond each.
 _EVENTS, _FD, _POLLIN = int(zmq.EVENTS), int(zmq.FD), int(zmq.POLLIN)
 _NOBLOCK, _SNDMORE = int(zmq.NOBLOCK), int(zmq.SNDMORE)
-
-
-class LinkState(enum.Enum):
-    """A link's life; it never goes back."""
-
-    OPENING = "opening"
-    OPEN = "open"
-    LOST = "lost"
-
-
-class Pending:
-    """One request in flight: settled by its reply (`header`, `frames`) or by the link's loss (`lost`).
-
-    `wake` is called once, under the link's lock, when that happens; a waiting thread has a `baton` instead.
-    `release` is the request's, and called under the lock as soon as the link knows; it must not block.
-    """
-
-    __slots__ = ("baton", "frames", "header", "id", "lost", "release", "wake")
-
-    def __init__(self, wake: Callable[[], None] | None = None) -> None:
-        self.id = 0
-        self.header: dict[str, Any] | None = None
-        self.frames: Sequence[Any] = ()
-        self.lost = False
-        self.wake = wake
-        self.baton: threading.Lock | None = None
-        self.release: Callable[[bool], None] | None = None
-
-    @property
-    def settled(self) -> bool:
-        """Whether there is something to read."""
-        return self.header is not None or self.lost
-
-    def let_go(self) -> None:
-        """Ends the request's hold on its memory, which the daemon may read until it has answered.
-
-        And beyond, where it answers without waiting for the run: at a deadline, and when cancelled.
-        """
-        release, self.release = self.release, None
-        if release is not None:
-            error = (self.header or {}).get("error")
-            code = error.get("code") if isinstance(error, Mapping) else None
-            release(self.header is not None and code not in _ANSWERED_EARLY)
-
-    def reply(self, path: str) -> dict[str, Any]:
-        """The reply's header. Raises Unavailable when the link was lost, DeadlineExceeded when none came."""
-        if self.header is not None:
-            return self.header
-        if self.lost:
-            raise Unavailable(
-                f"the connection to {path} was lost while the request was in flight; it may have run",
-                reason="CONNECTION_LOST",
-            )
-        raise DeadlineExceeded(f"{path} did not answer in time", reason="CLIENT_DEADLINE")
 
 
 class _Monitored:
@@ -189,22 +125,17 @@ class _Monitored:
             self._socket.close(0)
 
 
-class Link(_Monitored):
-    """A DEALER connected to the daemon's socket at `path`; see the module's text for how threads share it."""
+class Link(_Monitored, Exchange):
+    """A DEALER connected to the daemon's socket at `path`. libzmq's descriptors are edge-triggered."""
+
+    edge_triggered = True
 
     def __init__(self, path: str) -> None:
-        super().__init__(path, zmq.DEALER)
+        Exchange.__init__(self, path)
+        _Monitored.__init__(self, path, zmq.DEALER)
         self._socket.setsockopt(zmq.IMMEDIATE, 1)
-        self._pendings: dict[int, Pending] = {}
-        self._last_id = 0
-        self._packer = msgpack.Packer()
-        self._leader: Pending | None = None
-        self._leader_sleeps = False
         self._monitor_due = True
-        self._wake_fd = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
-        weakref.finalize(self, os.close, self._wake_fd)  # Not in close(): a leader may still be polling it.
-        self._poll = select.poll()
-        for fd in (*self.fds, self._wake_fd):
+        for fd in self.fds:
             self._poll.register(fd, select.POLLIN)
         self._connect()
 
@@ -234,101 +165,14 @@ class Link(_Monitored):
                 f"{self.path} takes connections, but no edged daemon answers on it", reason="CONNECTION_LOST"
             )
 
-    def post(self, request: Request, pending: Pending, timeout_us: int | None = None) -> bool:
-        """Sends without blocking; whether it was sent. If not, the link is lost, or full for now.
+    # What follows runs under the lock, `_readable` excepted.
 
-        Raises InvalidArgument for a header that is too large.
-        """
-        header = request.header
-        if timeout_us is not None and request.parameters is not None:
-            request.parameters["timeout"] = timeout_us
-        with self._lock:
-            if self.state is not LinkState.OPEN:
-                return False
-            self._last_id = header["id"] = pending.id = self._last_id + 1
-            if not self._send(self._pack(header), request.frames):
-                self._monitor_due = True
-                self._drain()
-                return False
-            self._pendings[pending.id] = pending
-            pending.release = request.release
-            if self._leader_sleeps or pending.wake is not None:
-                self._drain()
-            return True
+    def _doubt(self) -> None:
+        self._monitor_due = True
 
-    def cancel(self, pending: Pending) -> None:
-        """Asks the daemon to withdraw a request; what becomes of it is the request's own reply."""
-        with self._lock:
-            if self.state is LinkState.OPEN and pending.id in self._pendings:
-                self._last_id += 1
-                header = {"method": "cancel", "id": self._last_id, "cancel_id": pending.id}
-                self._send(self._pack(header), ())
-                self._drain()
-
-    def wait(self, pending: Pending, until: float) -> bool:
-        """Blocks until the request is settled or `until` (monotonic seconds); whether it is settled.
-
-        A request that is not settled stays in flight: `forget` it, or wait again.
-        """
-        try:
-            while True:
-                with self._lock:
-                    if self._leader is pending:
-                        self._leader_sleeps = False
-                    if not pending.settled:
-                        self._drain()
-                    if pending.settled:
-                        return True
-                    remaining_s = until - time.monotonic()
-                    if remaining_s <= 0:
-                        return False
-                    leads = self._leader is None or self._leader is pending
-                    if leads:
-                        self._leader = pending
-                        self._leader_sleeps = True
-                    elif pending.baton is None:
-                        pending.baton = threading.Lock()
-                        pending.baton.acquire()
-                if leads:
-                    self._sleep(remaining_s)
-                elif pending.baton is not None:
-                    pending.baton.acquire(timeout=min(remaining_s, threading.TIMEOUT_MAX))
-        finally:
-            if self._leader is pending or self._pendings:
-                with self._lock:
-                    pending.baton = None
-                    self._pass_lead(pending)
-
-    def forget(self, pending: Pending) -> None:
-        """Lets go of a request: its reply, should it come, is dropped."""
-        if pending.id in self._pendings:
-            with self._lock:
-                if self._pendings.pop(pending.id, None) is not None:
-                    pending.let_go()
-
-    def drain(self) -> None:
-        """Settles whatever has arrived; for an event loop, when one of `fds` is readable."""
-        with self._lock:
+    def _readable(self, fd: int) -> None:
+        if fd == self._monitor_fd:
             self._monitor_due = True
-            self._drain()
-
-    def close(self) -> None:
-        """Ends the connection; what is in flight is lost."""
-        with self._lock:
-            self._close_sockets()
-            self._lose_pendings()
-
-    # What follows runs under the lock, `_sleep` excepted.
-
-    def _pack(self, header: Mapping[str, Any]) -> bytes:
-        packed: bytes = self._packer.pack(header)
-        if len(packed) > HEADER_BYTES_MAX:
-            raise InvalidArgument(
-                f"the request's header has {len(packed)} bytes, the limit is {HEADER_BYTES_MAX}: "
-                "names, shapes and inline values must fit into it",
-                reason="HEADER_TOO_LARGE",
-            )
-        return packed
 
     def _send(self, header: bytes, frames: Sequence[Any]) -> bool:
         send = self._socket.send
@@ -361,58 +205,7 @@ class Link(_Monitored):
     def _receive(self) -> None:
         frame = self._socket.recv(_NOBLOCK, copy=False)
         frames: list[Any] = self._socket.recv_multipart(_NOBLOCK, copy=False) if frame.more else []
-        try:
-            header = msgpack.unpackb(frame.buffer, strict_map_key=False)
-        except ValueError:
-            return  # No id can be read from it, so its request meets its deadline.
-        if not isinstance(header, dict):
-            return
-        request_id = header.get("id")
-        pending = self._pendings.pop(request_id, None) if isinstance(request_id, int) else None
-        if request_id is None and len(self._pendings) == 1:
-            # The daemon could not decode a request; with one in flight it is clear which.
-            _, pending = self._pendings.popitem()
-        if pending is not None:
-            pending.header = header
-            pending.frames = frames
-            if pending.release is not None:
-                pending.let_go()
-            self._wake(pending)
-
-    def _lose_pendings(self) -> None:
-        lost = list(self._pendings.values())
-        self._pendings.clear()
-        for pending in lost:
-            pending.lost = True
-            pending.let_go()
-            self._wake(pending)
-
-    def _wake(self, pending: Pending) -> None:
-        if pending.wake is not None:
-            pending.wake()
-        elif pending.baton is not None:
-            if pending.baton.locked():
-                pending.baton.release()
-        elif pending is self._leader and self._leader_sleeps:
-            os.eventfd_write(self._wake_fd, 1)
-
-    def _pass_lead(self, leaver: Pending) -> None:
-        if self._leader is leaver:
-            self._leader = None
-            self._leader_sleeps = False
-        if self._leader is None:
-            for pending in self._pendings.values():
-                if pending.baton is not None and pending is not leaver:
-                    self._wake(pending)
-                    return
-
-    def _sleep(self, timeout_s: float) -> None:
-        for fd, _ in self._poll.poll(timeout_s * 1000):
-            if fd == self._monitor_fd:
-                self._monitor_due = True
-            elif fd == self._wake_fd:
-                with contextlib.suppress(BlockingIOError):
-                    os.eventfd_read(fd)
+        self._settle(frame.buffer, frames)
 
 
 class EventLink(_Monitored):
@@ -451,11 +244,6 @@ class EventLink(_Monitored):
     def close(self) -> None:
         """Ends the subscription."""
         self._close_sockets()
-
-
-def timeout_us(until: float) -> int:
-    """What is left until `until` (monotonic seconds), as the protocol's `timeout` counts it."""
-    return max(1, int((until - time.monotonic()) * 1e6))
 
 
 def find_socket(endpoint: str | None, name: str) -> str:

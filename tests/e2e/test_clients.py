@@ -183,3 +183,30 @@ def test_a_request_over_a_killed_daemon_is_not_waited_for(tmp_path: Path) -> Non
         daemon.wait_end()
         with pytest.raises(errors.Unavailable):
             pending.result(WAIT_S)
+
+
+def test_small_requests_take_the_fast_lane(daemon: Daemon) -> None:
+    """And those in leases; the answers are those of ZeroMQ."""
+    rng = np.random.default_rng(3)
+    x = rng.normal(0, 1, (1, 64)).astype(np.float32)
+    with (
+        Client(daemon.endpoint, timeout=WAIT_S) as fast,
+        Client(daemon.endpoint, timeout=WAIT_S, fast=False) as plain,
+    ):
+        for _ in range(3):
+            assert (fast.infer("mlp", {"x": x})["y"] == plain.infer("mlp", {"x": x})["y"]).all()
+        assert list(fast._links) == ["lease.sock"]
+        assert list(plain._links) == ["edged.sock"]
+        with fast.lease(1 << 20) as lease:
+            given, into = lease.array(100_000), lease.array(100_000, offset=400_000)
+            given[:] = np.arange(100_000)
+            result = fast.infer("big", {"x": given}, out={"y": into})
+            assert (into == given).all()
+            assert result["y"].base is not None
+        assert list(fast._links) == ["lease.sock"]
+        large = rng.normal(0, 1, 200_000).astype(np.float32)
+        for _ in range(2):  # its answer is larger than a packet
+            assert (fast.infer("big", {"x": large})["y"] == large).all()
+        assert list(fast._links) == ["lease.sock", "edged.sock"]
+        with pytest.raises(errors.InvalidArgument, match="input 'x'"):
+            fast.infer("mlp", {"x": x[:, :3]})

@@ -1,0 +1,355 @@
+"""The client on the fast lane, against a small peer with both sockets that can misbehave on one of them.
+
+What the daemon itself makes of lanes is in `e2e/test_lane.py`; `e2e/test_clients.py` goes over them too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket as unix
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+import pytest
+
+from edged import Client, errors
+from edged import client as client_module
+from edged.arrays import RawTensor
+from edged.clientwire import InferPlan, Recipe, form_of
+from tests.test_client import LARGE, Peer
+
+SMALL = np.float32([1, 2])
+PACKET_BYTES_MAX = 65_536
+
+
+class LanePeer(Peer):
+    """A peer that serves requests on lease.sock too. `mode` says how it behaves there."""
+
+    def __init__(self, directory: Path) -> None:
+        self.mode = ""
+        self.by_lane: list[dict[str, Any]] = []
+        self.lane_path = directory / "lease.sock"
+        self.connections: list[unix.socket] = []
+        self._going: list[threading.Thread] = []
+        super().__init__(directory)
+        self.listener = unix.socket(unix.AF_UNIX, unix.SOCK_SEQPACKET)
+        self.listener.bind(str(self.lane_path))
+        self.listener.listen(16)
+        self._begin(self._accept)
+
+    def _begin(self, target: Callable[..., None], *args: Any) -> None:
+        thread = threading.Thread(target=target, args=args, daemon=True)
+        self._going.append(thread)
+        thread.start()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                connection, _ = self.listener.accept()
+            except OSError:
+                return
+            self.connections.append(connection)
+            if self.mode == "hangs up":
+                connection.close()
+            elif self.mode == "is full":
+                error = {"code": "RESOURCE_EXHAUSTED", "message": "full", "reason": "TOO_MANY_CLIENTS"}
+                connection.send(msgpack.packb({"id": None, "error": error}))
+                connection.close()
+            else:
+                self._begin(self._serve_lane, connection)
+
+    def _serve_lane(self, connection: unix.socket) -> None:
+        kept: list[dict[str, Any]] = []
+        with contextlib.suppress(OSError):
+            while packet := connection.recv(PACKET_BYTES_MAX):
+                request = msgpack.unpackb(packet)
+                if request["method"] == "lease_acquire":
+                    error = {"code": "RESOURCE_EXHAUSTED", "message": "no", "reason": "LEASE_QUOTA"}
+                    connection.send(msgpack.packb({"id": request["id"], "error": error}))
+                    continue
+                self.by_lane.append(request)
+                self.arrived.release()
+                if self.mode == "is silent":
+                    continue
+                if self.mode == "says nonsense":
+                    connection.send(b"\xc1")
+                    continue
+                if self.mode == "answers in reverse":
+                    kept.append(request)
+                    if len(kept) < 3:
+                        continue
+                for each in [*reversed(kept)] or [request]:
+                    connection.send(self.lane_reply(each))
+                kept = []
+        connection.close()
+
+    def lane_reply(self, request: dict[str, Any]) -> bytes:
+        header, *tensors = self.reply(request, [])
+        packed: bytes = msgpack.packb({"id": request["id"], **header})
+        if tensors:
+            error = {"code": "RESOURCE_EXHAUSTED", "message": "large", "reason": "REPLY_TOO_LARGE"}
+            packed = msgpack.packb({"id": request["id"], "error": error})
+        if self.mode == "is old":
+            error = {"code": "UNIMPLEMENTED", "message": "no", "reason": "WRONG_SOCKET"}
+            packed = msgpack.packb({"id": request["id"], "error": error})
+        return packed
+
+    def stop(self) -> None:
+        super().stop()
+        for each in (self.listener, *self.connections):
+            with contextlib.suppress(OSError):
+                each.shutdown(unix.SHUT_RDWR)
+            each.close()
+        for thread in self._going:
+            thread.join(10)
+
+    @property
+    def over_zeromq(self) -> list[dict[str, Any]]:
+        """The inferences that came over the other socket."""
+        return [request for request in self.seen if request["method"] == "model_infer"]
+
+
+@pytest.fixture
+def peer(tmp_path: Path) -> Iterator[LanePeer]:
+    peer = LanePeer(tmp_path)
+    yield peer
+    peer.stop()
+
+
+@pytest.fixture
+def client(peer: LanePeer) -> Iterator[Client]:
+    with Client(peer.endpoint, timeout=10) as client:
+        yield client
+
+
+def double(client: Client, value: float = 1, **kinds: Any) -> float:
+    """What the model makes of a number."""
+    return float(client.infer("double", {"x": np.float32([value])}, **kinds)["x"][0])
+
+
+def test_small_requests_go_by_lane(client: Client, peer: LanePeer) -> None:
+    """All of them, whatever they are made of, and ZeroMQ is not even connected."""
+    assert double(client) == 2
+    assert client.infer("double", {"x": RawTensor("FP32", (1,), b"\0\0\0\x40")})["x"][0] == 4
+    assert client.infer("double", {"x": np.array(["a"])})["x"].tolist() == [b"a"]
+    assert client.infer("double", {"x": np.arange(9, dtype=">i4")[::2]})["x"].tolist() == [0, 4, 8, 12, 16]
+    with pytest.raises(errors.NotFound, match="absent"):
+        client.infer("absent", {"x": SMALL})
+    assert len(peer.by_lane) == 5
+    assert not peer.seen
+
+
+def test_what_does_not_fit_goes_over_zeromq(client: Client, peer: LanePeer) -> None:
+    """And so do questions, and everything where it is not wanted; the lane is for the rest still."""
+    middle = np.arange(10_000, dtype=np.float32)
+    np.testing.assert_array_equal(client.infer("double", {"x": middle})["x"], middle * 2)
+    np.testing.assert_array_equal(client.infer("double", {"x": LARGE})["x"], LARGE * 2)
+    assert client.server_live()
+    with Client(peer.endpoint, timeout=10, fast=False) as other:
+        assert double(other) == 2
+    assert not peer.by_lane
+    assert double(client) == 2
+    assert len(peer.by_lane) == 1
+
+
+def test_an_answer_that_does_not_fit_is_asked_for_again(client: Client, peer: LanePeer) -> None:
+    """Over ZeroMQ, and the next time there at once."""
+
+    def large(*_: Any) -> list[Any]:
+        return [{"model_name": "double", "model_version": "1", "parameters": {}, "outputs": [out]}, bytes(8)]
+
+    out = {"name": "y", "datatype": "FP32", "shape": [2], "frame": 0}
+    peer.reply = large  # type: ignore[method-assign]  # every answer has a frame
+    for _ in range(3):
+        assert client.infer("double", {"x": SMALL})["y"].tolist() == [0, 0]
+    assert len(peer.by_lane) == 1
+    assert len(peer.over_zeromq) == 3
+
+
+@pytest.mark.parametrize("mode", ["is old", "is full", "hangs up"])
+def test_a_daemon_that_takes_no_requests_there(client: Client, peer: LanePeer, mode: str) -> None:
+    """Is asked over ZeroMQ, without a word to the caller, and not again at each request."""
+    peer.mode = mode
+    for value in range(5):
+        assert double(client, value) == 2 * value
+    assert len(peer.over_zeromq) == 5
+    assert len(peer.connections) <= 2
+    assert len(peer.by_lane) <= 1
+
+
+def test_later_it_is_asked_again(client: Client, peer: LanePeer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whether it takes requests there now."""
+    monkeypatch.setattr(client_module, "LANE_RETRY_S", 0.0)
+    for mode in ("is full", "hangs up", "is old"):
+        peer.mode = mode
+        assert double(client) == 2
+    peer.mode = ""
+    assert double(client) == 2
+    assert len(peer.over_zeromq) == 3
+
+
+def test_a_daemon_without_the_socket(tmp_path: Path) -> None:
+    """Is asked over ZeroMQ."""
+    peer = Peer(tmp_path)
+    with Client(peer.endpoint, timeout=10) as client:
+        assert double(client) == 2
+    peer.stop()
+
+
+def test_replies_in_any_order_to_many_threads(client: Client, peer: LanePeer) -> None:
+    """Each gets its own; they share one connection."""
+    peer.mode = "answers in reverse"
+    got: dict[int, float] = {}
+
+    def ask(value: int) -> None:
+        got[value] = double(client, value)
+
+    for round_ in range(20):
+        threads = [threading.Thread(target=ask, args=(3 * round_ + at,)) for at in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(10)
+    assert got == {value: 2.0 * value for value in range(60)}
+    assert len(peer.connections) == 1
+
+
+@pytest.mark.parametrize("mode", ["is silent", "says nonsense"])
+def test_a_deadline_passes(client: Client, peer: LanePeer, mode: str) -> None:
+    """The caller is told in time, and what comes late or means nothing is dropped."""
+    peer.mode = mode
+    with pytest.raises(errors.DeadlineExceeded):
+        double(client, timeout=0.05)
+    peer.mode = ""
+    assert double(client, 3) == 6
+
+
+def test_a_connection_that_is_lost_is_made_anew(client: Client, peer: LanePeer) -> None:
+    """Between requests nobody notices; a request in flight is sent once more."""
+    assert double(client) == 2
+    peer.connections[0].shutdown(unix.SHUT_RDWR)
+    assert double(client, 2) == 4
+    peer.mode = "is silent"
+    got: list[float] = []
+    thread = threading.Thread(target=lambda: got.append(double(client, 5)))
+    while peer.arrived.acquire(blocking=False):
+        pass
+    thread.start()
+    assert peer.arrived.acquire(timeout=10)
+    peer.mode = ""
+    peer.connections[-1].shutdown(unix.SHUT_RDWR)
+    thread.join(10)
+    assert got == [10.0]
+    assert len(peer.connections) == 3
+    assert not peer.seen
+
+
+def test_close_wakes_who_waits(client: Client, peer: LanePeer) -> None:
+    """It raises Unavailable."""
+    peer.mode = "is silent"
+    caught: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            double(client)
+        except errors.EdgedError as e:
+            caught.append(e)
+
+    thread = threading.Thread(target=ask)
+    thread.start()
+    assert peer.arrived.acquire(timeout=10)
+    client.close()
+    thread.join(10)
+    assert [type(e) for e in caught] == [errors.Unavailable]
+
+
+def test_a_forked_child_has_a_lane_of_its_own(client: Client, peer: LanePeer) -> None:
+    """And the parent keeps his."""
+    assert double(client) == 2
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            code = 0 if double(client, 4) == 8 else 2
+        finally:
+            os._exit(code)
+    _, status = os.waitpid(child, 0)
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert double(client, 3) == 6
+    assert len(peer.connections) == 2
+    assert not peer.seen
+
+
+@pytest.mark.parametrize("version", [None, 3, "4"])
+@pytest.mark.parametrize("outputs", [None, [], ["y", "z"]])
+@pytest.mark.parametrize("priority", [0, 7])
+def test_a_recipe_makes_what_the_plan_makes(
+    version: str | int | None, outputs: list[str] | None, priority: int
+) -> None:
+    """Whatever the arrays: the same map, with other bytes for the same ints."""
+    packer = msgpack.Packer()
+    kinds: dict[str, Any] = {"version": version, "outputs": outputs, "priority": priority}
+    for inputs in (
+        {},
+        {"x": SMALL},
+        {"x": np.array(True), "ÿ" * 40: np.zeros((0, 3), np.int64)},
+        {f"x{at}": np.arange(at, dtype=np.uint16) for at in range(20)},
+        {"x": np.arange(12, dtype=np.float16).reshape(3, 4).T, "y": np.zeros((64, 64), np.float32)},
+    ):
+        form = form_of("m", inputs, **kinds)
+        assert form is not None
+        assert form == form_of("m", {name: array.copy() for name, array in inputs.items()}, **kinds)
+        for request_id, timeout_us in ((1, 1), (2**53 - 1, 2**40)):
+            plan = InferPlan("m", inputs, **kinds).request().packed(request_id, timeout_us, packer)
+            made = Recipe("m", inputs, **kinds).packed(inputs, request_id, timeout_us)
+            assert msgpack.unpackb(made) == msgpack.unpackb(plan)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        [1.0],
+        3,
+        np.float32(1),
+        np.array(["a"]),
+        np.array([1], object),
+        np.zeros(2, ">f4"),
+        np.zeros(4097, np.float32),
+        np.ma.masked_array([1.0]),
+        RawTensor("FP32", (0,), b""),
+    ],
+)
+def test_what_no_recipe_is_for(value: Any) -> None:
+    """Large arrays, and those whose bytes are not the wire's."""
+    assert form_of("m", {"x": value}, version=None, outputs=None, priority=0) is None
+
+
+def test_forms_differ_where_requests_do() -> None:
+    """In names and their order, datatypes and shapes, and all that is asked for."""
+    x = np.zeros(4, np.float32)
+    kinds: dict[str, Any] = {"version": None, "outputs": None, "priority": 0}
+    forms = {
+        form_of("m", {"x": x, "y": x}, **kinds),
+        form_of("m", {"y": x, "x": x}, **kinds),
+        form_of("n", {"x": x, "y": x}, **kinds),
+        form_of("m", {"x": x}, **kinds),
+        form_of("m", {"x": x.reshape(2, 2)}, **kinds),
+        form_of("m", {"x": x.view(np.int32)}, **kinds),
+        form_of("m", {"x": x}, **{**kinds, "version": "1"}),
+        form_of("m", {"x": x}, **{**kinds, "outputs": ["y"]}),
+        form_of("m", {"x": x}, **{**kinds, "outputs": []}),
+        form_of("m", {"x": x}, **{**kinds, "priority": 1}),
+    }
+    assert len(forms) == 10
+
+
+def test_few_forms_are_kept(client: Client, peer: LanePeer) -> None:
+    """An app whose shapes never repeat does not grow."""
+    for count in range(150):
+        client.infer("double", {"x": np.zeros(count, np.float32)})
+    assert len(client._recipes) <= client_module._RECIPES_MAX
