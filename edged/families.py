@@ -32,7 +32,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "edged_metrics_time_seconds": Family("gauge", "When these figures were taken, since 1970"),
     "edged_ready": Family("gauge", "Whether the daemon is ready: not starting, not stopping"),
     "edged_requests_total": Family("counter", "Requests of all kinds that were received"),
-    "edged_inferences_total": Family("counter", "Inferences that were answered with outputs"),
+    "edged_inferences_total": Family("counter", "Requests for inference that were answered with outputs"),
     "edged_refusals_total": Family("counter", "Requests answered with an error", ("code", "reason")),
     "edged_bad_messages_total": Family("counter", "Messages that were no request"),
     "edged_requests_in_flight": Family("gauge", "Inferences that wait or run"),
@@ -65,10 +65,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
         "gauge", "Whether the version runs elsewhere than its settings ask for", _MODEL
     ),
     "edged_model_restarts_total": Family("counter", "How often its worker was started again", _MODEL),
-    "edged_model_inferences_total": Family("counter", "Inferences answered with outputs", _MODEL),
-    "edged_model_executions_total": Family(
-        "counter", "Runs of the model; inferences divided by them is the mean batch", _MODEL
+    "edged_model_inferences_total": Family(
+        "counter", "Inferences answered with outputs; a batch of n rows is n", _MODEL
     ),
+    "edged_model_executions_total": Family("counter", "Runs of the model", _MODEL),
+    "edged_model_batch_rows": Family("histogram", "Rows of a run, of all requests in it together", _MODEL),
     "edged_model_errors_total": Family(
         "counter",
         "Requests that were not answered with outputs: failed, cancelled, or refused before they ran",

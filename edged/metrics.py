@@ -29,6 +29,9 @@ __all__ = ["BUCKET_POWERS", "Metrics"]
 #: Upper bounds of the latency histogram, 64 µs to 67 s, as powers of two of a microsecond.
 BUCKET_POWERS: Final = range(6, 27)
 
+#: Upper bounds of the histogram of batches: the sizes that batching tries.
+BATCH_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64)
+
 _MODEL: Final = ("model", "version")
 _STATES: Final = ("READY", "LOADING", "UNLOADING", "UNAVAILABLE")
 
@@ -191,12 +194,24 @@ def _counters(page: _Page, counted: ModelStatistics, labels: dict[str, str]) -> 
     page.add("edged_model_compute_seconds_total", sums["compute_infer"][1] / 1e9, labels)
     last_ms = counted.last_inference_ms
     page.add("edged_model_last_inference_time_seconds", last_ms / 1000 if last_ms else None, labels)
+    _batches(page, counted, labels)
     latency = "edged_model_latency_seconds"
     for power, below in zip(BUCKET_POWERS, histogram.below(BUCKET_POWERS), strict=True):
         page.add(latency, below, {**labels, "le": _bound(power)}, suffix="_bucket")
     page.add(latency, histogram.count, {**labels, "le": "+Inf"}, suffix="_bucket")
     page.add(latency, sums["success"][1] / 1e9, labels, suffix="_sum")
     page.add(latency, histogram.count, labels, suffix="_count")
+
+
+def _batches(page: _Page, counted: ModelStatistics, labels: dict[str, str]) -> None:
+    runs = {rows: count for rows, (count, _) in counted.batches.items()}
+    name = "edged_model_batch_rows"
+    for bound in BATCH_BOUNDS:
+        below = sum(count for rows, count in runs.items() if rows <= bound)
+        page.add(name, below, {**labels, "le": str(bound)}, suffix="_bucket")
+    page.add(name, sum(runs.values()), {**labels, "le": "+Inf"}, suffix="_bucket")
+    page.add(name, sum(rows * count for rows, count in runs.items()), labels, suffix="_sum")
+    page.add(name, sum(runs.values()), labels, suffix="_count")
 
 
 def _bound(power: int) -> str:

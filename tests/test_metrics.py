@@ -71,6 +71,8 @@ def test_a_model_that_serves_is_told_with_all_its_figures() -> None:
     assert value(found, "edged_inferences_total") == 2
     assert value(found, "edged_model_latency_seconds_count", **m) == 2
     assert value(found, "edged_model_latency_seconds_bucket", **m, le="+Inf") == 2
+    assert value(found, "edged_model_batch_rows_sum", **m) == 2
+    assert value(found, "edged_model_batch_rows_bucket", **m, le="1") == 2
     assert value(found, "edged_model_queue_length", **m) == 0
     assert value(found, "edged_model_fallback", **m) == 0
     assert value(found, "edged_log_dropped_total") == 3
