@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.stamp
 BENCH_STAMP := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test test-device check format bench bench-peers deb clean
+.PHONY: help setup demo run test test-device check format bench bench-peers deb man clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -59,6 +59,9 @@ $(BENCH_STAMP): $(STAMP)
 # RELEASE=trixie or noble, ARCH=arm64: built on any machine, since nothing that is packaged is run.
 deb: $(STAMP)  ## build the Debian packages into dist/deb (RELEASE=bookworm, ARCH=this machine's)
 	@$(BIN)/python packaging/deb/build.py $(if $(RELEASE),--release $(RELEASE)) $(if $(ARCH),--arch $(ARCH))
+
+man: $(STAMP)  ## write the man pages into build/man
+	@$(BIN)/python -m edged.cli.man build/man
 
 clean:  ## remove what the other targets made
 	rm -rf $(VENV) .venv-peers .run .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist

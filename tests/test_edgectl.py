@@ -312,7 +312,36 @@ def test_refusal_is_exit_1_with_the_reason(peer: Peer, capsys: pytest.CaptureFix
     assert edgectl.main(["--json", "infer", "x", "-i", "1"]) == 1
     captured = capsys.readouterr()
     assert json.loads(captured.out)["error"]["reason"] == "MODEL_NOT_FOUND"
-    assert captured.err == "edgectl: no model 'x' in the folder [MODEL_NOT_FOUND]\n"
+    assert captured.err == (
+        "edgectl: no model 'x' in the folder [MODEL_NOT_FOUND]; `edgectl models` lists what there is\n"
+    )
+
+
+@pytest.mark.parametrize(
+    ("code", "command"),
+    [
+        ("NOT_FOUND", "`edgectl models`"),
+        ("INVALID_ARGUMENT", "--help`"),
+        ("UNAVAILABLE", "`edgectl explain m`"),
+        ("FAILED_PRECONDITION", "`edgectl explain m`"),
+        ("RESOURCE_EXHAUSTED", "`edgectl top`"),
+        ("DEADLINE_EXCEEDED", "`edgectl top`"),
+        ("INTERNAL", "`edgectl logs`"),
+        ("PERMISSION_DENIED", "`edgectl doctor`"),
+        ("UNIMPLEMENTED", "--help`"),
+    ],
+)
+def test_every_refusal_names_the_next_command(
+    peer: Peer, code: str, command: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Unless the daemon's own words name one."""
+    peer.replies["model_metadata"] = lambda h, f: {"error": {"code": code, "message": "it is so"}}
+    assert edgectl.main(["infer", "m", "-i", "1"]) in (1, 2)
+    assert command in capsys.readouterr().err
+    said = {"code": code, "message": "type `this`"}
+    peer.replies["model_metadata"] = lambda h, f: {"error": said}
+    edgectl.main(["infer", "m", "-i", "1"])
+    assert capsys.readouterr().err.endswith("type `this`\n")
 
 
 def test_a_deadline_is_exit_2(peer: Peer) -> None:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shlex
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -327,7 +328,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         args = build_parser().parse_args(argv)
     except _UsageError as e:
-        print(f"edgectl: {e}", file=sys.stderr)
+        print(f"edgectl: {e}\n`edgectl --help` names the commands", file=sys.stderr)
         return EXIT_USAGE
     except SystemExit as e:  # --help and --version
         return int(e.code or 0)
@@ -353,9 +354,10 @@ def _run(args: argparse.Namespace) -> int:
         with Session(endpoint=args.endpoint, as_json=args.json, timeout_s=timeout_s) as session:
             return _handlers()[args.command](session, args)
     except Failure as e:
-        return _fail(args, e.message, e.code, {"message": e.message, "reason": e.reason})
+        sentence = _with_next(e.message, f"`edgectl {args.command} --help` tells how it is used")
+        return _fail(args, sentence, e.code, {"message": e.message, "reason": e.reason})
     except EdgedError as e:
-        return _fail(args, _sentence(e), _exit_code(e), e.to_wire())
+        return _fail(args, _sentence(e, args), _exit_code(e), e.to_wire())
 
 
 def _exit_code(e: EdgedError) -> int:
@@ -368,13 +370,37 @@ def _exit_code(e: EdgedError) -> int:
     return EXIT_FAILED
 
 
-def _sentence(e: EdgedError) -> str:
+def _sentence(e: EdgedError, args: argparse.Namespace) -> str:
+    """What happened, and what to type next."""
     if e.reason in AWAY:
         return e.message if "systemctl start" in e.message else f"{e.message}; {START_HINT}"
     text = e.message if e.reason is None else f"{e.message} [{e.reason}]"
     if e.retry_after_ms is not None:
         text += f" (again after {e.retry_after_ms} ms)"
-    return text
+    return _with_next(text, _next(e, args.command, getattr(args, "model", None)))
+
+
+def _next(e: EdgedError, command: str, model: str | None) -> str:
+    match e.code:
+        case Code.NOT_FOUND:
+            return "`edgectl models` lists what there is"
+        case Code.INVALID_ARGUMENT | Code.UNIMPLEMENTED:
+            return f"`edgectl {command} --help` tells how it is used"
+        case Code.DEADLINE_EXCEEDED | Code.RESOURCE_EXHAUSTED | Code.CANCELLED:
+            return "`edgectl top` shows what keeps it busy"
+        case Code.INTERNAL:
+            return "`edgectl logs` has more of it"
+        case Code.PERMISSION_DENIED:
+            return "`edgectl doctor` says which group is missing"
+        case _ if model is not None:
+            return f"`edgectl explain {shlex.quote(model)}` says why"
+        case _:
+            return "`edgectl doctor` looks for the cause"
+
+
+def _with_next(text: str, command: str) -> str:
+    """The text, with a command to type where it names none itself."""
+    return text if "`" in text or "usermod" in text else f"{text}; {command}"
 
 
 def _fail(args: argparse.Namespace, sentence: str, code: int, error: dict[str, Any]) -> int:

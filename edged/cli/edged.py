@@ -37,6 +37,7 @@ _LIBRARIES = ("zmq", "msgpack", "msgspec", "psutil", "watchdog")
 _EPILOG = """\
 Every other setting stands in edged.toml or in the environment as EDGED_<SECTION>_<KEY>.
 With no file at all, edged serves the models folder of the system service or of the user.
+exit codes: 0 stopped as asked, 64 bad usage, 69 a library of the daemon's is not installed, 78 a bad setting
 """
 
 

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edged.cli.inputs import json_values
 from edged.cli.tables import Terminal, clean, paint
 from edged.config import ConfigError, load_config
 from edged.errors import EdgedError
@@ -62,6 +61,12 @@ class Failure(Exception):
         self.message = message
         self.code = code
         self.reason = reason
+
+
+def _plain(document: Any) -> Any:
+    from edged.cli.inputs import json_values  # here, so that `--help` and completion need no numpy
+
+    return json_values(document)
 
 
 class Subscription:
@@ -126,13 +131,13 @@ class Session:
     def answer(self, document: Any, text: str) -> None:
         """The command's answer: `document` with --json, else `text`."""
         if self.as_json:
-            print(json.dumps(json_values(document), indent=2, ensure_ascii=False, allow_nan=False))
+            print(json.dumps(_plain(document), indent=2, ensure_ascii=False, allow_nan=False))
         elif text:
             print(text)
 
     def line(self, document: Any, text: str) -> None:
         """One of many answers, on a line of its own, delivered at once."""
-        print(json.dumps(json_values(document), ensure_ascii=False) if self.as_json else text, flush=True)
+        print(json.dumps(_plain(document), ensure_ascii=False) if self.as_json else text, flush=True)
 
     def note(self, text: str) -> None:
         """Something to know beside the answer."""
