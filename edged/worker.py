@@ -347,6 +347,7 @@ def load_request(settings: Mapping[str, Any]) -> LoadRequest:
         threads=settings.get("threads") or 1,
         instances=settings.get("instances") or 1,
         cache_dir=settings.get("cache_dir"),
+        content=settings.get("content") or "",
     )
 
 

@@ -116,6 +116,7 @@ class Workers:
             "path": str(instance.staged.model_path),
             "format": instance.entry.format,
             "cache_dir": str(self._around.config.server.cache_dir),
+            "content": instance.staged.digest,
             "golden_dir": None if golden is None else str(golden),
             "golden": [{"inputs": dict(g.inputs), "outputs": dict(g.outputs)} for g in settings.golden],
             "tolerance": {"rtol": settings.tolerance.rtol, "atol": settings.tolerance.atol},

@@ -92,6 +92,8 @@ class LoadRequest:
     threads: int = 1
     instances: int = 1
     cache_dir: str | None = None
+    content: str = ""
+    """The hash of all that belongs to the model; while it is empty nothing is kept in the cache."""
 
 
 @dataclass

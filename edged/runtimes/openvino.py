@@ -18,6 +18,7 @@ import contextlib
 import re
 import time
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
 
@@ -34,6 +35,7 @@ from edged.runtimes.base import (
     refuse_dangerous_onnx,
     silence_telemetry,
 )
+from edged.runtimes.compiled import BYTES_MAX, cache_folder, prune
 from edged.tensors import TensorSpec
 
 silence_telemetry()
@@ -286,9 +288,11 @@ def _properties(request: LoadRequest) -> dict[str, Any]:
             "INFERENCE_NUM_THREADS": request.threads * request.instances,
             "ENABLE_CPU_PINNING": "NO",
         }
-    elif request.cache_dir:
+    elif request.cache_dir and (folder := cache_folder(Path(request.cache_dir), "openvino")) is not None:
         # Compiling for an accelerator takes seconds; for the CPU it is not worth keeping unsigned code.
-        properties["CACHE_DIR"] = request.cache_dir
+        # OpenVINO names an entry by model, device, version and properties, but never deletes one.
+        prune(folder, bytes_max=BYTES_MAX)
+        properties["CACHE_DIR"] = str(folder)
     return properties
 
 
