@@ -32,6 +32,9 @@ BUCKET_POWERS: Final = range(6, 27)
 #: Upper bounds of the histogram of batches: the sizes that batching tries.
 BATCH_BOUNDS: Final = (1, 2, 4, 8, 16, 32, 64)
 
+_BOUNDS: Final = tuple(f"{2**power / 1e6:.8g}" for power in BUCKET_POWERS)
+"""The same in seconds, without digits that say nothing."""
+
 _MODEL: Final = ("model", "version")
 _STATES: Final = ("READY", "LOADING", "UNLOADING", "UNAVAILABLE")
 
@@ -47,15 +50,23 @@ class _Page:
         name: str,
         value: float | None,
         labels: Mapping[str, str] | None = None,
-        *,
-        suffix: str = "",
     ) -> None:
         """One sample; what is None is not known and left out."""
         if value is None:
             return
-        pairs = ",".join([f'{key}="{_escaped(text)}"' for key, text in (labels or {}).items()])
-        figure = repr(float(value)) if isinstance(value, float) else str(int(value))
-        self._lines[name].append(f"{name}{suffix}{{{pairs}}} {figure}" if pairs else f"{name} {figure}")
+        figure = repr(value) if isinstance(value, float) else str(int(value))
+        pairs = "" if labels is None else "{" + _pairs(labels) + "}"
+        self._lines[name].append(f"{name}{pairs} {figure}")
+
+    def histogram(
+        self, name: str, labels: Mapping[str, str], buckets: Iterable[tuple[str, int]], *, total: float
+    ) -> None:
+        """A histogram: how many were up to each bound, the last being all of them, and their sum."""
+        pairs, lines, count = _pairs(labels), self._lines[name], 0
+        for bound, count in buckets:
+            lines.append(f'{name}_bucket{{{pairs},le="{bound}"}} {count}')
+        lines.append(f"{name}_sum{{{pairs}}} {total!r}")
+        lines.append(f"{name}_count{{{pairs}}} {count}")
 
     def text(self) -> str:
         parts = []
@@ -66,6 +77,10 @@ class _Page:
         return "\n".join(parts) + "\n"
 
 
+def _pairs(labels: Mapping[str, str]) -> str:
+    return ",".join([f'{key}="{_escaped(text)}"' for key, text in labels.items()])
+
+
 def _escaped(text: str) -> str:
     return text.replace("\\", "\\\\").replace("\n", "\\n").replace('"', '\\"')
 
@@ -74,7 +89,7 @@ class _Counted:
     """Everything that was counted for one version, by instances of now and of before."""
 
     def __init__(self) -> None:
-        self._before = ModelStatistics()
+        self._before: ModelStatistics | None = None
         self._restarts_before = 0
         self._alive: dict[int, Instance] = {}
 
@@ -86,14 +101,18 @@ class _Counted:
         for gone in [self._alive[key] for key in self._alive.keys() - alive.keys()]:
             self._restarts_before += gone.restarts
             if id(gone.stats) not in goes_on:
+                self._before = self._before or ModelStatistics()
                 self._before.merge(gone.stats)
                 goes_on.add(id(gone.stats))
         self._alive = alive
+        restarts = self._restarts_before + sum(each.restarts for each in alive.values())
+        every = list({id(each.stats): each.stats for each in alive.values()}.values())
+        if len(every) == 1 and self._before is None:
+            return every[0], restarts
         found = ModelStatistics()
-        found.merge(self._before)
-        for statistics in {id(each.stats): each.stats for each in alive.values()}.values():
+        for statistics in (self._before, *every) if self._before is not None else every:
             found.merge(statistics)
-        return found, self._restarts_before + sum(each.restarts for each in alive.values())
+        return found, restarts
 
 
 class Metrics:
@@ -195,28 +214,16 @@ def _counters(page: _Page, counted: ModelStatistics, labels: dict[str, str]) -> 
     last_ms = counted.last_inference_ms
     page.add("edged_model_last_inference_time_seconds", last_ms / 1000 if last_ms else None, labels)
     _batches(page, counted, labels)
-    latency = "edged_model_latency_seconds"
-    for power, below in zip(BUCKET_POWERS, histogram.below(BUCKET_POWERS), strict=True):
-        page.add(latency, below, {**labels, "le": _bound(power)}, suffix="_bucket")
-    page.add(latency, histogram.count, {**labels, "le": "+Inf"}, suffix="_bucket")
-    page.add(latency, sums["success"][1] / 1e9, labels, suffix="_sum")
-    page.add(latency, histogram.count, labels, suffix="_count")
+    latency = [*zip(_BOUNDS, histogram.below(BUCKET_POWERS), strict=True), ("+Inf", histogram.count)]
+    page.histogram("edged_model_latency_seconds", labels, latency, total=sums["success"][1] / 1e9)
 
 
 def _batches(page: _Page, counted: ModelStatistics, labels: dict[str, str]) -> None:
     runs = {rows: count for rows, (count, _) in counted.batches.items()}
-    name = "edged_model_batch_rows"
-    for bound in BATCH_BOUNDS:
-        below = sum(count for rows, count in runs.items() if rows <= bound)
-        page.add(name, below, {**labels, "le": str(bound)}, suffix="_bucket")
-    page.add(name, sum(runs.values()), {**labels, "le": "+Inf"}, suffix="_bucket")
-    page.add(name, sum(rows * count for rows, count in runs.items()), labels, suffix="_sum")
-    page.add(name, sum(runs.values()), labels, suffix="_count")
-
-
-def _bound(power: int) -> str:
-    """2 ** power µs in seconds, without digits that say nothing."""
-    return f"{2**power / 1e6:.8g}"
+    buckets = [(str(b), sum([count for rows, count in runs.items() if rows <= b])) for b in BATCH_BOUNDS]
+    buckets.append(("+Inf", sum(runs.values())))
+    total = sum([rows * count for rows, count in runs.items()])
+    page.histogram("edged_model_batch_rows", labels, buckets, total=total)
 
 
 # ---------------------------------------------------------------------- the device

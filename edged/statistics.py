@@ -7,6 +7,7 @@ Pure. Latencies go into a histogram of geometric buckets (eight to a doubling, s
 from __future__ import annotations
 
 from collections.abc import Iterable
+from itertools import accumulate
 from typing import Any
 
 from edged.errors import EdgedError
@@ -53,7 +54,8 @@ class Histogram:
 
     def below(self, powers: Iterable[int]) -> list[int]:
         """How many latencies were below each power of two of µs, from 16 on; exact: buckets end there."""
-        return [sum(self._counts[: (power - 2) * _SUB]) for power in powers]
+        total = list(accumulate(self._counts))
+        return [total[(power - 2) * _SUB - 1] for power in powers]
 
     def merge(self, other: Histogram) -> None:
         """Counts what another has counted, too."""
