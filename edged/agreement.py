@@ -1,8 +1,7 @@
 """Whether two answers agree, and whether that proves anything.
 
-Owns the rule by which a model may be moved from one runtime to another, the golden samples that a model
-brings along, and the measurement of one candidate against the reference. It decides nothing: it says what
-it saw, and the core switches or does not.
+Owns the rule by which a model may be moved from one runtime to another, and the golden samples that a model
+brings along. It decides nothing: it says what it saw, and the core switches or does not.
 
 The rule, from comparing two runtimes over the ONNX node tests, where synthetic inputs alone let real
 disagreements pass: golden samples first; then ones; then normally distributed numbers with integers in
@@ -13,8 +12,7 @@ everything else exactly. A constant answer, or inputs that raise, prove nothing.
 from __future__ import annotations
 
 import math
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -36,8 +34,6 @@ __all__ = [
     "check_golden",
     "disagreement",
     "is_constant",
-    "measure",
-    "no_result",
     "read_golden",
     "synthetic_inputs",
 ]
@@ -66,17 +62,6 @@ GOLDEN_SAMPLES_MAX = 64
 
 SYNTHETIC_ELEMENTS_MAX = 1 << 26
 """Of one made-up input: a model whose declared shape is beyond it is not fed."""
-
-PAUSE_S = 0.1
-"""Between two slots of a measurement: a pool that still spins slows its neighbour."""
-
-SLOT_S = 0.1
-"""The longest that one side runs before the other has its turn."""
-
-RUNS_PER_SLOT_MAX = 200
-ROUNDS_MAX = 20
-ROUNDS_MIN = 3
-"""Bounds of a measurement beside its budget; the first round of each side warms up and is thrown away."""
 
 
 class GoldenMismatch(Exception):
@@ -341,124 +326,3 @@ def _value_or_array_equal(a: Any, b: Any) -> bool:
         x, y = _comparable(a), _comparable(b)
         return x.shape == y.shape and bool(np.all((x == y) | ((x != x) & (y != y))))
     return _value_disagreement(a, b, FULL) is None
-
-
-def no_result(why: str) -> dict[str, Any]:
-    """A measurement that proves nothing: the reference stays."""
-    return {
-        "reference_p50_us": None,
-        "candidate_p50_us": None,
-        "agrees": False,
-        "proven": False,
-        "why": why,
-        "runs": 0,
-    }
-
-
-def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Loads reference and candidate, compares their answers, then times them in turns.
-
-    `settings` is the control channel's `measure` map. Only what agrees is timed.
-    """
-    deadline = time.monotonic() + settings["budget_s"]
-    bounds = FAST if settings["candidate"].get("precision") == "fast" else FULL
-    reference = load(settings["reference"])
-    try:
-        candidate = load(settings["candidate"])
-    except Exception as e:  # noqa: BLE001 - a candidate that does not load is an answer, not an accident
-        reference.close()
-        return no_result(f"the candidate does not load: {clean_text(e)}")
-    try:
-        if settings["candidate"].get("runtime") == "openvino" and any(
-            s.datatype == "FP64" for s in (*reference.inputs, *reference.outputs)
-        ):
-            return no_result("this runtime computes FP64 in FP32")
-        samples = read_golden(
-            settings.get("golden_dir"), settings.get("golden") or (), reference.inputs, reference.outputs
-        )
-        agrees, proven, why, feeds = _compare(reference, candidate, samples, bounds)
-        if not agrees or feeds is None:
-            return {**no_result(why), "agrees": agrees, "proven": proven}
-        reference_us, candidate_us, runs = _race(reference, candidate, feeds, deadline)
-        return {
-            "reference_p50_us": reference_us,
-            "candidate_p50_us": candidate_us,
-            "agrees": agrees,
-            "proven": proven,
-            "why": why,
-            "runs": runs,
-        }
-    finally:
-        candidate.close()
-        reference.close()
-
-
-def _compare(
-    reference: Model, candidate: Model, samples: Sequence[Sample], bounds: Bounds
-) -> tuple[bool, bool, str, Mapping[str, Any] | None]:
-    """(agrees, proven, why, the inputs to time with): golden samples first, then ones, then normal."""
-    specs = {s.name: s for s in reference.outputs}
-    if [s.name for s in reference.inputs if not s.optional] != [
-        s.name for s in candidate.inputs if not s.optional
-    ] or list(specs) != [s.name for s in candidate.outputs]:
-        return False, False, "the runtimes name the model's inputs and outputs differently", None
-    tried = list(samples)
-    for kind in ("ones", "normal"):
-        try:
-            tried.append(Sample(kind, synthetic_inputs(reference.inputs, kind), {}))
-        except NoInputs:
-            break
-    answers: list[list[Any]] = []
-    timed: Mapping[str, Any] | None = None
-    notes = []
-    for sample in tried:
-        try:
-            want = reference.run(sample.inputs, list(specs))
-        except RunFailed:
-            notes.append(f"{sample.name}: the reference raises")
-            continue
-        try:
-            got = candidate.run(sample.inputs, list(specs))
-        except RunFailed as e:
-            return False, False, f"{sample.name}: the candidate raises: {e.message}", None
-        for (name, spec), a, b in zip(specs.items(), want, got):  # noqa: B905 - the same outputs were asked for
-            why = disagreement(a, b, spec.datatype, bounds)
-            if why:
-                return False, False, f"{sample.name}, output {name!r}: {why}", None
-        answers.append(want)
-        timed = sample.inputs if timed is None else timed
-    if timed is None:
-        return False, False, "; ".join(notes) or "the model cannot be fed with made-up inputs", None
-    if len(answers) < 2 or is_constant(answers):
-        return True, False, "the reference answers the same to every input, which proves nothing", timed
-    return True, True, f"{len(answers)} of {len(tried)} inputs agree", timed
-
-
-def _race(
-    reference: Model, candidate: Model, feeds: Mapping[str, Any], deadline: float
-) -> tuple[float | None, float | None, int]:
-    """The p50 of each in µs, measured in turns with pauses, as far as the budget goes."""
-    names = [s.name for s in reference.outputs]
-    times: tuple[list[int], list[int]] = ([], [])
-    for round_number in range(ROUNDS_MAX + 1):
-        if round_number > ROUNDS_MIN and time.monotonic() > deadline:
-            break
-        for side, model in enumerate((reference, candidate)):
-            time.sleep(PAUSE_S)
-            slot = _timed_slot(model, feeds, names)
-            if round_number:
-                times[side].extend(slot)
-    p50 = [sorted(t)[len(t) // 2] / 1e3 for t in times]
-    return p50[0], p50[1], sum(map(len, times))
-
-
-def _timed_slot(model: Model, feeds: Mapping[str, Any], names: Sequence[str]) -> list[int]:
-    taken = []
-    end = time.perf_counter() + SLOT_S
-    for _ in range(RUNS_PER_SLOT_MAX):
-        began = time.perf_counter_ns()
-        model.run(feeds, names)
-        taken.append(time.perf_counter_ns() - began)
-        if time.perf_counter() > end:
-            break
-    return taken

@@ -173,6 +173,14 @@ class AsyncClient:
         """As Client.server_status."""
         return await self._ask("server_status", model, timeout=timeout, socket=ADMIN_SOCKET)
 
+    async def tune(
+        self, name: str, do: str = "start", *, timeout: float | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """As Client.tune."""
+        fields = {"settings": {"do": do, **settings}}
+        reply = await self._ask("model_tune", name, timeout=timeout, socket=ADMIN_SOCKET, fields=fields)
+        return dict(reply["tune"])
+
     async def log_settings(self, level: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
         """As Client.log_settings."""
         settings = {} if level is None else {"settings": {"level": level}}

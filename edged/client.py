@@ -305,6 +305,18 @@ class Client:
         settings = {} if level is None else {"settings": {"level": level}}
         return self._ask("log_settings", timeout=timeout, socket=ADMIN_SOCKET, fields=settings)
 
+    def tune(
+        self, name: str, do: str = "start", *, timeout: float | None = None, **settings: Any
+    ) -> dict[str, Any]:
+        """Has the daemon measure how it runs a model best (admin): the report so far.
+
+        `do` is `start` (with `aim`, `latency` or `throughput`, and `budget_ms`), `status`, `cancel` or
+        `apply` (each with `tune`, the report's `id`). Without a question for 30 s it is cancelled.
+        """
+        fields = {"settings": {"do": do, **settings}}
+        reply = self._ask("model_tune", name, timeout=timeout, socket=ADMIN_SOCKET, fields=fields)
+        return dict(reply["tune"])
+
     def events(self, topics: Sequence[str] = (), timeout: float | None = None) -> EventStream:
         """The daemon's events from now on, of these topics or all; see EventStream."""
         return EventStream(EventLink(find_socket(self._endpoint, EVENTS_SOCKET), topics), timeout)

@@ -203,7 +203,7 @@ class ModelSettings:
     precision: str = "f32"
     runtime: str | None = None
     threads: int | None = None
-    instances: int | str = 1
+    instances: int | str | None = None
     tolerance: Tolerance = Tolerance()
     isolation: str = "model"
     swap: str = "beside"
@@ -654,13 +654,15 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         "threads",
         units.whole(1, 1024),
         "Pins the threads of each instance.",
-        "the CPUs divided by the instances",
+        "the CPUs divided by the instances, or as tuned",
     ),
     _Key(
         "instances",
         "instances",
         units.whole_or("auto", 1, INSTANCES_MAX),
-        "How many runs of the model are executed at once; `auto`: what gives the most on this machine.",
+        "How many runs of the model are executed at once; `auto`: what gives the most rows a second on this "
+        "machine while none takes twice as long.",
+        "1, or as tuned",
     ),
     _Key("tolerance", "tolerance", _TOLERANCE, "How far answers may be from golden samples."),
     _Key(

@@ -533,6 +533,8 @@ class Core:
                 return status.server_status(self, now_s, model=request.model_name)
             case "log_settings":
                 return self._log_settings(event)
+            case "model_tune":
+                return {"tune": self._tune(event, now_s)}
             case method:
                 raise NotFound(f"method '{method}' has no handler")
         return {}
@@ -554,6 +556,33 @@ class Core:
             )
         self.runs.withdraw(job, Cancelled("withdrawn by the client", reason="CANCELLED_BY_CLIENT"), now_s)
         return {"cancelled": True}
+
+    def _tune(self, event: RequestArrived, now_s: float) -> dict[str, Any]:
+        """An owner's measurement: begun, asked about, cancelled, applied."""
+        chooser, settings = self.chooser, event.request.settings or {}
+        match settings.get("do"):
+            case "start":
+                if self.stopping:
+                    raise Unavailable("the daemon is stopping", reason="SERVER_STOPPING")
+                budget_ms = settings.get("budget_ms", 60_000)
+                if type(budget_ms) is not int:
+                    raise InvalidArgument("budget_ms must be an int", reason="BAD_PARAMETER")
+                instance = self.registry.lookup(event.request.model_name, event.request.model_version)
+                aim = str(settings.get("aim", "latency"))
+                tune = chooser.start_tune(instance, aim=aim, budget_s=budget_ms / 1000, now_s=now_s)
+            case "status":
+                tune = chooser.find_tune(settings.get("tune"), now_s)
+            case "cancel":
+                tune = chooser.find_tune(settings.get("tune"), now_s)
+                chooser.cancel_tune(tune, now_s)
+            case "apply":
+                tune = chooser.find_tune(settings.get("tune"), now_s)
+                chooser.apply_tune(tune, now_s)
+            case _:
+                text = "settings.do must be one of start, status, cancel, apply"
+                raise InvalidArgument(text, reason="BAD_PARAMETER")
+        self._slow_due_s = self._slow_due(now_s)
+        return chooser.report(tune, now_s)
 
     def _log_settings(self, event: RequestArrived) -> dict[str, Any]:
         wanted = (event.request.settings or {}).get("level")

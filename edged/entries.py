@@ -127,7 +127,7 @@ class Entries:
         if track is None or track.entry != entry or track.unloaded:
             return
         asked, track.asked = track.asked, False
-        if track.serving is not None and track.serving.is_of(entry, staged):
+        if self._is_served(track, entry, staged):
             self._serves_already(track, now_s)
         elif track.incoming is not None and track.incoming.is_of(entry, staged):
             return
@@ -141,6 +141,12 @@ class Entries:
             else:
                 self._lifecycle.enter(track, entry, staged)
         self._lifecycle.step(now_s)
+
+    def _is_served(self, track: Track, entry: Entry, staged: Any) -> bool:
+        serving = track.serving
+        if serving is None:
+            return False
+        return serving.is_of(entry, staged) or self._lifecycle.adopt(serving, entry, staged)
 
     def _serves_already(self, track: Track, now_s: float) -> None:
         """The folder is back at what serves: what was on its way from there, or failed, no longer matters."""

@@ -23,6 +23,7 @@ from edged.errors import EdgedError
 from edged.estimate import RunTimes
 from edged.events import Effect, Publish
 from edged.repository import Entry
+from edged.setups import Setup
 from edged.statistics import ModelStatistics
 from edged.tensors import TensorSpec
 
@@ -179,8 +180,11 @@ class Instance:
     state: InstanceState = InstanceState.WAITING
     reason: str = ""
     message: str = ""
-    preferred: Candidate | None = None
+    setup: Setup | None = None
+    """How it is to be run, as was measured, remembered or inherited; it holds on its own device."""
     choice: str = "default"
+    settled: bool = False
+    """Nothing is left to be measured."""
     plan: tuple[Candidate, ...] = ()
     fallback_reason: str = ""
     errors: list[tuple[Candidate, str, str]] = field(default_factory=list)
@@ -206,7 +210,8 @@ class Instance:
     """The time of the next step: a load's limit, a restart, the end of draining."""
     ready_s: float = 0.0
     load_started_s: float = 0.0
-    measured: dict[Candidate, dict[str, Any]] = field(default_factory=dict)
+    measured: dict[Setup, dict[str, Any]] = field(default_factory=dict)
+    """The measurers' results."""
     makes_room: bool = False
     """The version before was ended for its sake: it waits for no more memory."""
 
@@ -230,6 +235,16 @@ class Instance:
         if self.state is InstanceState.READY:
             return True
         return self.track.serving is self and self.crashes <= 1 and self.state in (_S.RESTARTING, _S.LOADING)
+
+    @property
+    def pinned(self) -> bool:
+        """Whether its owner has said where it is to run."""
+        return self.settings.runtime is not None or self.settings.device != "auto"
+
+    @property
+    def preferred(self) -> Candidate | None:
+        """Where it is to be tried first."""
+        return None if self.setup is None else self.setup.candidate
 
     def backoff_s(self) -> float:
         """The pause before a restart, if there is to be one at all."""

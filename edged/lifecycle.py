@@ -11,6 +11,7 @@ keeps waiting only while that is a matter of moments.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 from edged.devices import Candidate, matches
@@ -22,6 +23,7 @@ from edged.registry import Registry
 from edged.repository import Entry
 from edged.retirement import Retirement
 from edged.runs import RUN_HUNG
+from edged.setups import Setup
 from edged.turns import Turns
 from edged.workers import Workers
 
@@ -34,6 +36,9 @@ CRASHES_TO_MOVE = 2
 """An instance that crashed more often than this in a row is tried on the next device of its plan."""
 
 LOAD_TIMED_OUT = "load time-out"
+
+_HOW = ("runtime", "device", "threads", "instances", "max_batch_size")
+"""The settings that say how a model is run, which may also be found by measuring."""
 
 
 class Lifecycle:
@@ -68,30 +73,58 @@ class Lifecycle:
     # ------------------------------------------------------------------ coming in
 
     def enter(
-        self, track: Track, entry: Entry, staged: Any, preferred: Candidate | None = None, choice: str = ""
+        self, track: Track, entry: Entry, staged: Any, setup: Setup | None = None, choice: str = ""
     ) -> Instance:
-        """A new instance, which waits for its turn to load, where `preferred` says because of `choice`."""
+        """A new instance, which waits for its turn to load, to run as `setup` says because of `choice`."""
         self._ids += 1
         instance = Instance(self._ids, track, entry, staged, entry.settings)
-        if entry.settings.runtime is not None or entry.settings.device != "auto":
+        before = track.serving
+        if setup is not None:
+            instance.setup, instance.choice, instance.settled = setup, choice, True
+        elif instance.pinned:
             instance.choice = "pinned"
-        elif preferred is not None:
-            instance.preferred, instance.choice = preferred, choice
-        elif track.serving is not None and track.serving.candidate is not None:
-            instance.preferred, instance.choice = track.serving.candidate, "inherited"
+        elif before is not None and before.candidate is not None:
+            # Whether its rows may share a run is the new content's own to prove.
+            chosen = before.setup or Setup(before.candidate, self._around.machine.cpus)
+            instance.setup = replace(chosen, candidate=before.candidate, max_batch=0)
+            instance.choice = "inherited"
         track.incoming = instance
         self._registry.instances[instance.id] = instance
         self.turns.queue.append(instance)
         self._around.emit(instance.event())
         return instance
 
-    def switch(self, instance: Instance, candidate: Candidate, now_s: float) -> None:
-        """Loads a serving instance's content beside itself on a device that was measured to be faster."""
+    def switch(self, instance: Instance, setup: Setup, choice: str, now_s: float) -> Instance | None:
+        """Loads a serving instance's content beside itself as was measured to be better."""
         track = instance.track
-        if track.serving is instance and track.incoming is None:
-            new = self.enter(track, instance.entry, instance.staged, candidate, "measured")
-            new.measured = dict(instance.measured)
-            self.step(now_s)
+        if track.serving is not instance or track.incoming is not None:
+            return None
+        new = self.enter(track, instance.entry, instance.staged, setup, choice)
+        new.measured = dict(instance.measured)
+        self.step(now_s)
+        return new
+
+    def adopt(self, instance: Instance, entry: Entry, staged: Any) -> bool:
+        """Takes new settings over without a load, where they only say how the same content runs anyhow."""
+        new, old = entry.settings, instance.settings
+        if instance.state is not InstanceState.READY or instance.staged.digest != staged.digest:
+            return False
+        if replace(old, **{name: getattr(new, name) for name in _HOW}) != new or instance.fallback_reason:
+            return False
+        other = Instance(0, instance.track, entry, staged, new, setup=instance.setup)
+        found = self._placement.plan_for(other)
+        if not found.candidates or found.candidates[0] != instance.plan[0]:
+            return False
+        if self._workers.setup_of(other, found.candidates[0]) != self._setup(instance):
+            return False
+        instance.entry, instance.settings, instance.plan = entry, new, found.candidates
+        if instance.pinned:
+            instance.choice = "pinned"
+        self._around.emit(MarkGood(entry, instance.staged))
+        return True
+
+    def _setup(self, instance: Instance) -> Setup:
+        return self._workers.setup_of(instance, instance.plan[0])
 
     def offer_device(self, candidate: Candidate) -> None:
         """A device came, or works again: who fell back from it returns, who may choose compares anew."""
@@ -99,10 +132,10 @@ class Lifecycle:
             instance = track.serving
             if instance is None or instance.state is not InstanceState.READY or track.incoming is not None:
                 continue
-            if instance.choice in ("measured", "remembered"):
-                instance.choice = "default"
+            if not instance.pinned and instance.settled:
+                instance.choice, instance.settled = "default", False
             elif (
-                instance.choice == "pinned"
+                instance.pinned
                 and instance.fallback_reason
                 and matches(instance.settings.device, candidate)
                 and instance.settings.runtime in (None, candidate.runtime)
@@ -156,7 +189,7 @@ class Lifecycle:
         instance.plan = found.candidates
         instance.fallback_reason = found.missing
         if instance.preferred is not None and found.candidates[0] != instance.preferred:
-            instance.choice = "default"
+            instance.choice, instance.settled = "pinned" if instance.pinned else "default", False
         return True
 
     def _make_room(self, instance: Instance, now_s: float) -> bool:
@@ -279,12 +312,16 @@ class Lifecycle:
         if reason == "DEVICE_FAILED":
             self._placement.probe(candidate)
         rest = after_failure(instance.plan, reason)
-        if serving is not None and serving.is_of(instance.entry, instance.staged):
+        if reason == "NOT_BATCHABLE" and instance.setup is not None and instance.setup.max_batch:
+            # The batch was chosen, not asked for: it is no reason not to serve.
+            instance.setup = replace(instance.setup, max_batch=0)
+            self._start_load(instance, now_s)
+        elif serving is not None and serving.is_of(instance.entry, instance.staged):
             self._stay(serving, instance, message)
             self.step(now_s)
         elif rest:
             instance.plan = rest
-            instance.choice = instance.choice if instance.choice == "pinned" else "default"
+            instance.choice, instance.settled = "pinned" if instance.pinned else "default", False
             instance.fallback_reason = instance.fallback_reason or f"{candidate}: {message}"
             self._start_load(instance, now_s)
         else:
@@ -293,17 +330,19 @@ class Lifecycle:
 
     def _stay(self, serving: Instance, instance: Instance, message: str) -> None:
         """A switch to a faster device failed: what serves goes on serving, and nothing is wrong with it."""
-        candidate = instance.plan[0]
+        setup = self._setup(instance)
         instance.move(InstanceState.FAILED, "SWITCH_FAILED", message)
         instance.track.incoming = None
         self._around.emit(EndAttempt(instance.staged.digest))
         self.retirement.forget(instance)
-        serving.measured[candidate] = {**serving.measured.get(candidate, {}), "agrees": False, "why": message}
-        fields = {**serving.log_fields(), "RUNTIME": candidate.runtime, "DEVICE": candidate.device}
+        serving.measured[setup] = {**serving.measured.get(setup, {}), "agrees": False, "why": message}
+        where = {"RUNTIME": setup.candidate.runtime, "DEVICE": setup.candidate.device}
+        fields = {**serving.log_fields(), **where}
         self._around.emit(Log("choice_measured", {**fields, "DETAIL": message}))
-        if serving.choice != "pinned":
+        if serving.choice in ("default", "inherited"):
             serving.choice = "measured"
-            self._placement.remember(serving, serving.plan[0])
+        serving.settled = True
+        self._placement.remember(serving, self._setup(serving), serving.choice)
 
     def _fail(self, instance: Instance, reason: str, message: str, now_s: float) -> None:
         track = instance.track

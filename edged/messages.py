@@ -49,6 +49,7 @@ METHODS: dict[str, str] = {
     "repository_model_unload": "admin",
     "server_status": "admin",
     "log_settings": "admin",
+    "model_tune": "admin",
     "lease_acquire": "lease",
     "lease_release": "lease",
 }

@@ -14,6 +14,7 @@ from typing import Any
 from edged.devices import Candidate, Plan, Verdict, plan
 from edged.events import Log, Probe, Publish, RememberChoice, RememberVerdict
 from edged.instances import Instance, Surroundings
+from edged.setups import Setup
 
 __all__ = ["Placement", "after_failure"]
 
@@ -131,12 +132,12 @@ class Placement:
         return found
 
     def comparable(self, instance: Instance) -> tuple[Candidate, ...]:
-        """Where an instance that may choose could run, as far as is known now."""
-        devices = self._around.config.devices
+        """Where an instance may run by its owner's word, as far as is known now."""
+        settings, devices = instance.settings, self._around.config.devices
         return plan(
-            selector="auto",
-            runtime=None,
-            policy="prefer",
+            selector=settings.device,
+            runtime=settings.runtime,
+            policy="require" if instance.pinned else "prefer",
             model_format=instance.entry.format,
             verdicts=self.verdicts,
             order=devices.order,
@@ -161,30 +162,38 @@ class Placement:
         parts = (instance.staged.digest, instance.settings.precision, machine.name, str(machine.cpus))
         return "|".join(parts)
 
-    def remember(self, instance: Instance, candidate: Candidate) -> None:
-        """Keeps a choice, and among what it was made."""
+    def remember(self, instance: Instance, setup: Setup, source: str) -> None:
+        """Keeps a choice, how it came about, and among what it was made."""
         compared = {str(c): version for c, version in self._working()}
-        choice = {"runtime": candidate.runtime, "device": candidate.device, "compared": compared}
+        choice = {**setup.to_wire(), "compared": compared, "source": source}
         self._around.emit(RememberChoice(self.choice_key(instance), choice))
 
     def recall(self, instance: Instance, choice: Mapping[str, Any]) -> None:
-        """Puts a remembered choice first in an instance's plan, where it may choose and the choice holds."""
-        if instance.choice not in ("default", "inherited"):
+        """Has an instance run as was remembered, where its owner leaves that open and it still holds."""
+        if instance.choice not in ("default", "inherited", "pinned"):
             return
-        remembered = self._still_valid(choice)
-        if remembered is not None and remembered in instance.plan:
-            rest = tuple(c for c in instance.plan if c != remembered)
-            instance.plan = (remembered, *rest)
+        setup = self._still_valid(choice)
+        if setup is None or setup.candidate not in instance.plan:
+            return
+        if instance.pinned and setup.candidate != instance.plan[0]:
+            return
+        rest = tuple(c for c in instance.plan if c != setup.candidate)
+        instance.plan = (setup.candidate, *rest)
+        instance.setup = setup
+        instance.settled = True
+        if choice.get("source") == "tuned":
+            instance.choice = "tuned"
+        elif not instance.pinned:
             instance.choice = "remembered"
 
-    def _still_valid(self, choice: Mapping[str, Any]) -> Candidate | None:
+    def _still_valid(self, choice: Mapping[str, Any]) -> Setup | None:
         """A remembered choice, unless a device or another version has come that it was not compared with."""
         compared = choice.get("compared")
         if not isinstance(compared, Mapping):
             return None
         if any(compared.get(str(candidate)) != version for candidate, version in self._working()):
             return None
-        return Candidate(str(choice.get("runtime")), str(choice.get("device")))
+        return Setup.from_wire(choice, threads=self._around.machine.cpus)
 
     def _working(self) -> list[tuple[Candidate, str]]:
         """What is known to work, with its runtime's version."""

@@ -176,6 +176,7 @@ def server_status(core: Core, now_s: float, *, model: str = "") -> dict[str, Any
             for w in core.workers.table.values()
         ],
         "measuring": core.chooser.running,
+        "tune": None if core.chooser.tune is None else core.chooser.report(core.chooser.tune, now_s),
         "clients": {
             "connections_with_requests": core.scheduler.clients,
             "in_flight": core.scheduler.in_flight,
@@ -270,14 +271,15 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "load_ms": info.get("load_ms", 0),
         "measured": [
             {
-                "runtime": c.runtime,
-                "device": c.device,
+                **s.to_wire(),
                 "p50_us": m.get("candidate_p50_us"),
+                "p99_us": m.get("candidate_p99_us"),
+                "rows_s": m.get("candidate_rows_s"),
                 "reference_p50_us": m.get("reference_p50_us"),
                 "agrees": bool(m.get("agrees")),
                 "why": str(m.get("why", "")),
             }
-            for c, m in instance.measured.items()
+            for s, m in instance.measured.items()
         ],
     }
 

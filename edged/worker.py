@@ -31,6 +31,7 @@ import msgpack
 
 from edged import agreement, batching
 from edged.errors import Code
+from edged.measuring import measure, no_result
 from edged.runner import PACKET_BYTES_MAX, Loaded, Runner
 from edged.runtimes.base import (
     LoadCancel,
@@ -262,10 +263,11 @@ class Worker:
             runtime = self._runtime(part["runtime"])
             return runtime.load(load_request({**settings, **part}), LoadCancel())
 
+        os.nice(settings.get("nice") or 0)
         try:
-            result = agreement.measure(load, settings)
+            result = measure(load, settings)
         except Exception as e:  # noqa: BLE001 - the worker's edge: a measurement that fails says so and no more
-            result = agreement.no_result(f"the measurement failed: {clean_text(e)}")
+            result = no_result(f"the measurement failed: {clean_text(e)}")
         self._say(["measured", result])
 
 

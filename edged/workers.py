@@ -13,6 +13,7 @@ from edged.config import ModelSettings
 from edged.devices import Candidate
 from edged.events import CancelLoad, EndWorker, KillWorker, LoadInstance, Log, StartWorker, UnloadInstance
 from edged.instances import SLOTS_AT_START, Instance, Surroundings, Worker
+from edged.setups import Setup
 
 __all__ = ["Workers"]
 
@@ -67,7 +68,7 @@ class Workers:
         )
         worker.memory_max_bytes = instance.settings.memory_max_bytes
         self.table[worker.id] = worker
-        slots = self._instances(candidate, instance.settings) + 1
+        slots = self.setup_of(instance, candidate).instances + 1
         messages = max(SLOT_MESSAGES, ARENA_MESSAGES // slots)
         self._around.emit(
             StartWorker(
@@ -92,20 +93,32 @@ class Workers:
         """Tells a worker to load the instance that has entered it."""
         spec = {
             **self._what(instance),
-            **self._where(instance.plan[0], instance.settings),
+            **self._where(self.setup_of(instance, instance.plan[0]), instance.settings),
             "warmup": instance.settings.warmup,
-            "max_batch_size": 1 if instance.never_batched else instance.settings.max_batch_size,
             "timeout_s": self._around.config.loading.timeout_s,
         }
+        if instance.never_batched:
+            spec["max_batch_size"] = 1
         self._around.emit(LoadInstance(worker.id, instance.id, spec))
 
-    def measure_spec(self, instance: Instance, candidate: Candidate, *, budget_s: float) -> dict[str, Any]:
-        """What a measurement is told: the instance's model, where it runs, and where it might."""
+    def measure_spec(
+        self, instance: Instance, setup: Setup, *, budget_s: float, nice: int, batches: bool
+    ) -> dict[str, Any]:
+        """What a measurement is told: the instance's model, how it runs, and how it might.
+
+        With `batches` each run has the rows that may share one, else a single one.
+        """
+        current = self.setup_of(instance, instance.plan[0])
+        reference, candidate = (
+            {**self._where(each, instance.settings), "rows": each.max_batch or 1 if batches else 1}
+            for each in (current, setup)
+        )
         return {
             **self._what(instance),
-            "reference": self._where(instance.plan[0], instance.settings),
-            "candidate": self._where(candidate, instance.settings),
+            "reference": reference,
+            "candidate": candidate,
             "budget_s": budget_s,
+            "nice": nice,
         }
 
     def _what(self, instance: Instance) -> dict[str, Any]:
@@ -122,30 +135,46 @@ class Workers:
             "tolerance": {"rtol": settings.tolerance.rtol, "atol": settings.tolerance.atol},
         }
 
-    def _where(self, candidate: Candidate, settings: ModelSettings) -> dict[str, Any]:
+    def setup_of(self, instance: Instance, candidate: Candidate) -> Setup:
+        """How an instance is run on a device: as its settings say, else as was chosen, else by itself."""
+        settings, chosen = instance.settings, instance.setup
+        if chosen is not None and chosen.candidate != candidate:
+            chosen = None
+        instances = self._instances(candidate, settings, chosen)
+        threads = settings.threads
+        if threads is None and chosen is not None and chosen.instances == instances:
+            threads = chosen.threads
+        batch = settings.max_batch_size or (chosen.max_batch if chosen is not None else 0)
+        return Setup(candidate, threads or max(1, self._around.machine.cpus // instances), instances, batch)
+
+    @staticmethod
+    def _where(setup: Setup, settings: ModelSettings) -> dict[str, Any]:
         """The part of a load that says where and how."""
-        instances = self._instances(candidate, settings)
         return {
-            "runtime": candidate.runtime,
-            "device": candidate.device,
+            "runtime": setup.candidate.runtime,
+            "device": setup.candidate.device,
             "precision": settings.precision,
-            "threads": settings.threads or max(1, self._around.machine.cpus // instances),
-            "instances": instances,
+            "threads": setup.threads,
+            "instances": setup.instances,
+            "max_batch_size": setup.max_batch or None,
         }
 
-    def _instances(self, candidate: Candidate, settings: ModelSettings) -> int:
+    def _instances(self, candidate: Candidate, settings: ModelSettings, chosen: Setup | None) -> int:
         """How many runs at once a load is to allow; what shares a process takes its turn there."""
-        if isinstance(settings.instances, str) or self._shares(settings, candidate):
+        if self._shares(settings, candidate):
             return 1
-        return settings.instances
+        if isinstance(settings.instances, int):
+            return settings.instances
+        return 1 if chosen is None else chosen.instances
 
     def remark(self, instance: Instance) -> str:
         """What of an instance's settings is without effect in its worker, for people; mostly nothing."""
         settings, candidate = instance.settings, instance.plan[0]
-        if isinstance(settings.instances, str) or self._instances(candidate, settings) == settings.instances:
+        wanted = settings.instances
+        if not isinstance(wanted, int) or self._instances(candidate, settings, None) == wanted:
             return ""
         why = f"{candidate} runs" if candidate.gpu_like else 'isolation = "shared" means'
-        return f"instances = {settings.instances} has no effect: {why} one thing at a time"
+        return f"instances = {wanted} has no effect: {why} one thing at a time"
 
     # ------------------------------------------------------------------ going out
 

@@ -18,11 +18,11 @@ from edged.agreement import (
     NoInputs,
     check_golden,
     disagreement,
-    measure,
     read_golden,
     synthetic_inputs,
 )
 from edged.errors import Code
+from edged.measuring import measure
 from edged.runtimes.base import RunFailed
 from edged.tensors import TensorSpec
 
@@ -36,15 +36,17 @@ class Function:
         self.inputs = (TensorSpec("x", "FP32", (-1, 4)),)
         self.outputs = (TensorSpec("y", datatype, (-1, 4)),)
         self.metadata: dict[str, str] = {}
-        self.device, self.precision, self.threads = "CPU", "f32", 1
+        self.device, self.precision, self.threads, self.instances = "CPU", "f32", 1, 1
         self.fallback_reason: str | None = None
         self._function, self._seconds = function, seconds
 
-    def run(self, feeds: Mapping[str, Any], output_names: Sequence[str]) -> list[Any]:
+    def run(
+        self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
+    ) -> list[Any]:
         time.sleep(self._seconds)
         return [self._function(feeds["x"])]
 
-    def cancel(self) -> None:
+    def cancel(self, run: int = 0) -> None:
         return
 
     def shrink(self) -> None:

@@ -1,4 +1,4 @@
-"""Which device is fastest: measured when nobody asks, switched to for a reason, remembered."""
+"""How a model runs best: measured when nobody asks or when its owner does, and remembered."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 
-from edged.choosing import IDLE_FIRST_S, LIMIT_S
-from edged.events import RememberChoice, Sampled, StopMeasure
+from edged.choosing import ASKED_S, IDLE_FIRST_S, LIMIT_S, NICE
+from edged.events import LoadInstance, Publish, RememberChoice, Sampled, StopMeasure
+from edged.setups import Setup
 from tests.world import CPU, OV_CPU, World, sample
 
 
@@ -143,3 +144,282 @@ def test_a_result_for_a_model_that_is_gone_is_dropped() -> None:
     if world.measures:
         world.measured(**FASTER)
     assert not world.registry.instances
+
+
+# ---- instances = "auto"
+
+
+def figures(part: dict[str, Any]) -> float:
+    """A machine of four CPUs where a run's p50 in µs is this, and threads help little."""
+    alone_us = 1000.0 if part["runtime"] == "onnxruntime" else 950.0
+    return alone_us * (0.7 + 0.3 * 4 / part["threads"]) if part["instances"] > 1 else alone_us
+
+
+def answer(world: World) -> dict[str, Any]:
+    """The measurement under way ends with what this machine would say; returns its candidate."""
+    (measure,) = world.measures.values()
+    result: dict[str, Any] = {"agrees": True, "proven": True, "why": "2 of 2 inputs agree"}
+    for side in ("reference", "candidate"):
+        part = measure.spec[side]
+        p50_us = figures(part)
+        rows = part["rows"]
+        result |= {
+            f"{side}_p50_us": p50_us,
+            f"{side}_p99_us": p50_us * 1.1,
+            f"{side}_rows_s": part["instances"] * rows * 1e6 / p50_us,
+        }
+    world.measured(**result)
+    return measure.spec["candidate"]
+
+
+def loaded(world: World) -> tuple[int, int]:
+    """Instances and threads of the last load."""
+    spec = [e.spec for e in world.effects if isinstance(e, LoadInstance)][-1]
+    return spec["instances"], spec["threads"]
+
+
+def test_open_instances_are_measured_when_nobody_asks_and_taken_by_a_swap() -> None:
+    """It serves with one first; the device does not change for too small a gain, the instances do."""
+    world = idle_world(instances="auto")
+    assert loaded(world) == (1, 4)
+    tried = []
+    while world.measures:
+        part = answer(world)
+        tried.append((part["runtime"], part["instances"], part["threads"]))
+    assert tried == [("openvino", 1, 4), ("onnxruntime", 2, 2), ("onnxruntime", 4, 1)]
+    assert world.serving().candidate == CPU
+    assert world.serving().choice == "measured"
+    assert loaded(world) == (4, 1)
+    (choice,) = [e.choice for e in world.effects if isinstance(e, RememberChoice)]
+    assert (choice["instances"], choice["threads"], choice["source"]) == (4, 1, "measured")
+    world.pass_time(100.0)
+    assert not world.measures
+
+
+def test_a_pinned_device_keeps_its_instances_open() -> None:
+    """What the owner left open is measured, and only that."""
+    world = idle_world(instances="auto", runtime="onnxruntime")
+    while world.measures:
+        assert answer(world)["runtime"] == "onnxruntime"
+    assert (loaded(world), world.serving().choice) == ((4, 1), "pinned")
+
+
+def test_what_was_remembered_is_how_it_starts() -> None:
+    """Instances and threads too; settings that pin one of them have the last word."""
+    compared = {str(CPU): "1.0", str(OV_CPU): "1.0"}
+    choice = Setup(OV_CPU, 1, 3, 8).to_wire() | {"compared": compared, "source": "tuned"}
+    for settings, want in (
+        ({"instances": "auto"}, (3, 1, 8)),
+        ({}, (3, 1, 8)),
+        ({"instances": 2}, (2, 2, 8)),
+        ({"threads": 2, "max_batch_size": 4}, (3, 2, 4)),
+    ):
+        world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+        world.choices["m-1"] = choice
+        world.put("m", **settings)
+        world.settle()
+        (spec,) = [e.spec for e in world.effects if isinstance(e, LoadInstance)]
+        assert (spec["instances"], spec["threads"], spec["max_batch_size"]) == want
+        assert world.serving().choice == "tuned"
+        world.pass_time(100.0)
+        assert not world.measures
+
+
+def test_a_remembered_batch_that_cannot_be_any_more_keeps_nobody_from_serving() -> None:
+    """It was chosen, not asked for: the model is loaded without."""
+    world = World(verdicts={CPU: "ok"})
+    world.choices["m-1"] = Setup(CPU, 4, 1, 8).to_wire() | {"compared": {str(CPU): "1.0"}}
+    world.load_faults["m-1"] = "NOT_BATCHABLE"
+    world.hold_loads = True
+    world.put("m")
+    world.settle()
+    world.finish_loads()
+    del world.load_faults["m-1"]
+    world.settle()
+    world.finish_loads()
+    world.settle()
+    specs = [e.spec["max_batch_size"] for e in world.effects if isinstance(e, LoadInstance)]
+    assert specs == [8, None]
+    assert world.serving().candidate == CPU
+
+
+# ---- edgectl tune
+
+
+def ask(world: World, do: str = "start", **settings: Any) -> dict[str, Any]:
+    """A word of the owner's tool: the report."""
+    reply = world.request("model_tune", model_name="m", settings={"do": do, **settings})
+    assert "error" not in reply, reply
+    return dict(reply["tune"])
+
+
+def refusal(world: World, do: str = "start", model: str = "m", **settings: Any) -> str:
+    """The reason of a refusal."""
+    reply = world.request("model_tune", model_name=model, settings={"do": do, **settings})
+    return str(reply["error"]["reason"])
+
+
+def serving_world(**settings: Any) -> World:
+    """A world that serves `m`, and in which nothing was measured yet."""
+    world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+    world.put("m", **settings)
+    world.settle()
+    return world
+
+
+def test_an_owners_tune_changes_nothing_until_it_is_applied() -> None:
+    """Measured, shown, and then taken by a swap that loses nothing; remembered as tuned."""
+    world = serving_world()
+    before = world.serving()
+    report = ask(world, aim="throughput", budget_ms=60_000)
+    assert (report["state"], report["aim"]) == ("measuring", "throughput")
+    assert report["measuring"] == Setup(OV_CPU, 4).to_wire()
+    while world.measures:
+        (measure,) = world.measures.values()
+        assert measure.spec["nice"] == NICE
+        answer(world)
+    report = ask(world, "status", tune=report["id"])
+    assert (report["state"], world.serving()) == ("measured", before)
+    assert not remembered(world)
+    assert report["best"]["instances"] == 4
+    assert len([row for row in report["rows"] if row["best"]]) == 1
+    assert {"model.tune"} <= {e.topic for e in world.effects if isinstance(e, Publish)}
+    running = world.infer("m")
+    world.hold_loads = True
+    assert ask(world, "apply", tune=report["id"])["state"] == "applying"
+    world.settle()
+    world.finish_loads()
+    world.finish_runs()
+    assert world.answer(running).version == "1"
+    assert ask(world, "status", tune=report["id"])["state"] == "applied"
+    assert (world.serving().choice, loaded(world)) == ("tuned", (4, 1))
+    assert [e.choice["source"] for e in world.effects if isinstance(e, RememberChoice)] == ["tuned"]
+    world.pass_time(100.0)
+    assert not world.measures
+
+
+def test_requests_do_not_stop_an_owners_tune_and_are_counted() -> None:
+    """It stands back behind them instead, and its figures are known to be the worse for it."""
+    world = serving_world()
+    report = ask(world)
+    world.infer("m")
+    world.finish_runs()
+    assert world.measures
+    assert ask(world, "status", tune=report["id"])["requests"] == 1
+
+
+def test_an_owners_tune_can_be_cancelled_and_leaves_everything_as_it_was() -> None:
+    """By word, and by an owner's tool that is not heard of any more."""
+    world = serving_world()
+    before = world.serving()
+    report = ask(world, "cancel", tune=ask(world)["id"])
+    assert (report["state"], report["reason"]) == ("cancelled", "CANCELLED")
+    assert not world.measures
+    assert refusal(world, "apply", tune=report["id"]) == "NOT_MEASURED"
+    number = ask(world)["id"]
+    world.pass_time(ASKED_S - 1)
+    ask(world, "status", tune=number)
+    world.pass_time(ASKED_S - 1)
+    assert world.measures
+    world.pass_time(2.0)
+    assert ask(world, "status", tune=number)["reason"] == "OWNER_GONE"
+    assert world.serving() is before
+    assert not remembered(world)
+    world.pass_time(IDLE_FIRST_S)
+    assert world.measures  # the daemon's own, as if nothing had been
+
+
+def test_an_owners_tune_takes_the_place_of_the_daemons_own() -> None:
+    """One measurement at a time, and the owner's comes first."""
+    world = idle_world()
+    assert world.measures
+    ask(world)
+    (measure,) = world.measures.values()
+    assert measure.spec["nice"] == NICE
+
+
+def test_a_budget_ends_a_tune_with_what_is_known_by_then() -> None:
+    """At least one setup is measured, however small it is."""
+    world = serving_world()
+    number = ask(world, aim="throughput", budget_ms=100)["id"]
+    world.pass_time(1.0)
+    answer(world)
+    assert not world.measures
+    report = ask(world, "status", tune=number)
+    assert (report["state"], len(report["rows"])) == ("measured", 2)
+
+
+def test_what_runs_best_already_is_remembered_without_a_load() -> None:
+    """There is nothing to swap."""
+    world = serving_world()
+    number = ask(world, aim="latency")["id"]
+    while world.measures:
+        answer(world)
+    loads = world.loads()
+    assert ask(world, "apply", tune=number)["state"] == "applied"
+    assert (world.loads(), world.serving().choice) == (loads, "tuned")
+    assert remembered(world) == ["onnxruntime"]
+
+
+def test_a_tune_whose_best_does_not_load_says_so_and_the_model_serves_on() -> None:
+    """What was remembered is taken back."""
+    world = serving_world()
+    number = ask(world)["id"]
+    world.measured(**FASTER)
+    while world.measures:
+        world.measured(agrees=False, proven=False, why="no")
+    world.load_faults["m-1", OV_CPU] = "MODEL_LOAD_FAILED"
+    before = world.serving()
+    ask(world, "apply", tune=number)
+    world.settle()
+    report = ask(world, "status", tune=number)
+    assert (report["state"], report["reason"]) == ("failed", "SWITCH_FAILED")
+    assert world.serving() is before
+    assert remembered(world)[-1] == "onnxruntime"
+
+
+def test_a_tune_is_refused_with_a_reason() -> None:
+    """One at a time; none while memory is short or the model is on its way; and only what makes sense."""
+    world = serving_world()
+    assert refusal(world, aim="beauty") == "BAD_PARAMETER"
+    assert refusal(world, budget_ms=0) == "BAD_PARAMETER"
+    assert refusal(world, budget_ms="long") == "BAD_PARAMETER"
+    assert refusal(world, "dance") == "BAD_PARAMETER"
+    assert refusal(world, model="nobody") == "MODEL_NOT_FOUND"
+    assert refusal(world, "status", tune=77) == "NO_TUNE"
+    ask(world)
+    assert refusal(world) == "TUNE_RUNNING"
+    world.send(Sampled(sample(free=1 << 30)))
+    report = world.request("server_status")["tune"]
+    assert (report["state"], report["reason"]) == ("failed", "MEMORY_PRESSURE")
+    assert refusal(world) == "MEMORY_PRESSURE"
+    world.send(Sampled(sample()))
+    world.hold_loads = True
+    world.put("m", "2")
+    world.settle()
+    assert refusal(world) == "MODEL_LOADING"
+
+
+def test_a_tune_ends_when_the_model_is_replaced() -> None:
+    """Its figures are another content's."""
+    world = serving_world()
+    number = ask(world)["id"]
+    world.put("m", "2")
+    world.settle()
+    report = ask(world, "status", tune=number)
+    assert (report["state"], report["reason"]) == ("failed", "MODEL_LOADING")
+
+
+def test_settings_that_say_how_it_runs_anyhow_are_taken_over_without_a_load() -> None:
+    """As after `edgectl tune --export`; settings that say anything else load it anew."""
+    world = serving_world()
+    before = world.serving()
+    world.put("m", runtime="onnxruntime", device="cpu", threads=4, instances=1)
+    world.settle()
+    assert world.serving() is before
+    assert (before.choice, before.settings.threads, len(world.loads())) == ("pinned", 4, 1)
+    row = world.request("repository_index")["models"][0]
+    assert row["settings_sha256"] == before.entry.settings.sha256()
+    world.put("m", runtime="onnxruntime", device="cpu", threads=2, instances=1)
+    world.settle()
+    assert (world.serving() is before, len(world.loads())) == (False, 2)

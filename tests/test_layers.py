@@ -29,6 +29,7 @@ PURE += (
     "happenings",
     "families",
     "reloading",
+    "setups",
 )
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
@@ -41,7 +42,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "wire config resources estimate statistics regions",
         "scheduler happenings",
         "repository devices reloading",
-        "events",
+        "events setups",
         "instances",
         "registry workers placement",
         "turns runs admission",

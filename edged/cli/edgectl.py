@@ -67,6 +67,14 @@ grey one of 28 × 28. Pixels become 0 to 1 for floats, 0 to 255 for integers; --
 """
 
 
+_TUNE_HELP = """\
+Measures runtime × device × threads × instances × batch beside the one that serves, as far as the model's
+settings leave them open, and only what gives the same answers. Requests go on; they come first. The best is
+remembered for this content on this machine, and the model is reloaded with it beside the old one: no request
+is lost. Before that nothing changes, and Ctrl-C ends it. Without a terminal, --yes applies it.
+"""
+
+
 class _UsageError(Exception):
     """The command line makes no sense."""
 
@@ -92,6 +100,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_questions(commands)
     _add_infer(commands)
     _add_bench(commands)
+    _add_tune(commands)
     _add_bad_day(commands)
     sub = _command(commands, "completion", "print the completion script for a shell", common=False)
     sub.add_argument("shell", choices=completion.SHELLS, help="the shell")
@@ -285,6 +294,36 @@ def _add_bench(commands: argparse._SubParsersAction[Any]) -> None:
     sub.add_argument("--no-bare", action="store_true", help="without the comparison")
 
 
+def _add_tune(commands: argparse._SubParsersAction[Any]) -> None:
+    sub = _command(
+        commands,
+        "tune",
+        "measure how a model runs best here, and run it so",
+        timeout_s=_UPDATE_TIMEOUT_S,
+        epilog=_TUNE_HELP,
+    )
+    sub.add_argument("model", metavar="MODEL", help="the model's name")
+    sub.add_argument(
+        "--aim",
+        choices=("latency", "throughput"),
+        default="latency",
+        help="the shortest time of a request (default), or the most rows a second",
+    )
+    sub.add_argument(
+        "--budget", metavar="TIME", type=_budget, default=60.0, help="how long to measure (default 60s)"
+    )
+    sub.add_argument("--yes", action="store_true", help="apply the best without a question")
+    sub.add_argument(
+        "--export", action="store_true", help="then write it into the model's settings file, for its twins"
+    )
+
+
+def _budget(text: str) -> float:
+    from edged.cli.tune import budget
+
+    return budget(text)
+
+
 def _seconds(text: str) -> float:
     value = float(text)
     if not 0 < value < 1e7:
@@ -301,7 +340,7 @@ def _count(text: str) -> int:
 
 def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
     """The commands' code, imported when one of them runs: `--help` and completion need no numpy."""
-    from edged.cli import bench, bundle, commands, doctor, explain, logs, top, updates
+    from edged.cli import bench, bundle, commands, doctor, explain, logs, top, tune, updates
 
     return {
         "put": updates.put,
@@ -315,6 +354,7 @@ def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
         "unload": commands.unload,
         "infer": commands.infer,
         "bench": bench.bench,
+        "tune": tune.tune,
         "doctor": doctor.doctor,
         "logs": logs.logs,
         "top": top.top,

@@ -26,6 +26,7 @@ _Row = Mapping[str, Any]
 _CHOICES = {
     "pinned": "its settings say so{pins}",
     "measured": "it was measured against the others; none whose answers agree saves another tenth and 50 µs",
+    "tuned": "its owner had it measured with `edgectl tune`, and it was the best",
     "remembered": "that was measured before, for this very content on this machine, and remembered",
     "inherited": "its version before ran there; the others are measured when nobody asks",
     "default": "it is the first of [devices] order that works; the others are measured when nobody asks",
@@ -202,7 +203,8 @@ def _measured(measured: _Row, row: _Row) -> str:
     why = str(measured.get("why") or "")
     if p50 is None or reference is None:
         return f"measured: {where}: no figures{f': {why}' if why else ''}"
-    here = (measured.get("runtime"), measured.get("device")) == (row.get("runtime"), row.get("device"))
+    keys = ("runtime", "device", "threads", "instances")
+    here = all(key not in measured or measured[key] == row.get(key) for key in keys)
     figures = f"{micros_text(p50)} against {micros_text(reference)}"
     verdict = "its answers agree" if measured.get("agrees") else "its answers do not agree"
     text = f"measured: {where}: {figures} (p50); {verdict}{f' ({why})' if why else ''}"

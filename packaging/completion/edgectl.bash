@@ -8,7 +8,7 @@ _edgectl() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
         case "$word" in
-            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|doctor|explain|top|logs|support-bundle|completion) command="$word"; break ;;
+            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|tune|doctor|explain|top|logs|support-bundle|completion) command="$word"; break ;;
         esac
     done
     case "$command:$prev" in
@@ -16,11 +16,12 @@ _edgectl() {
         put:--settings) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         infer:--npz) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         bench:--onnx) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
+        tune:--aim) mapfile -t COMPREPLY < <(compgen -W "latency throughput" -- "$cur"); return ;;
         top:--sort) mapfile -t COMPREPLY < <(compgen -W "requests latency memory name" -- "$cur"); return ;;
-        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--unit|*:--interval|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
+        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--budget|*:--unit|*:--interval|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
     esac
     if [[ -z "$command" ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench doctor explain top logs support-bundle completion -h --help --version --json --endpoint" -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench tune doctor explain top logs support-bundle completion -h --help --version --json --endpoint" -- "$cur")
         return
     fi
     if [[ "$cur" == -* ]]; then
@@ -36,6 +37,7 @@ _edgectl() {
             unload) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
             infer) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version -o --output --npz" -- "$cur") ;;
             bench) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version --seconds --clients --rate --shape --onnx --no-bare" -- "$cur") ;;
+            tune) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --aim --budget --yes --export" -- "$cur") ;;
             doctor) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --all --unit" -- "$cur") ;;
             explain) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
             top) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --once --interval --sort" -- "$cur") ;;
@@ -53,6 +55,7 @@ _edgectl() {
         unload) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         infer) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         bench) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
+        tune) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         explain) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         logs) mapfile -t COMPREPLY < <(compgen -W "$(_edgectl_models)" -- "$cur") ;;
         support-bundle) mapfile -t COMPREPLY < <(compgen -f -- "$cur") ;;

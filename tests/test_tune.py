@@ -1,0 +1,181 @@
+"""`edgectl tune` beside the daemon: the settings file it writes, the text and the plot it shows."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import stat
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from edged.cli.export import ExportError, edited, export, settings_for
+from edged.cli.tune import budget, plot, setup_text
+from edged.config import parse_model_settings
+
+SETUP = {"runtime": "openvino", "device": "CPU", "threads": 2, "instances": 4, "max_batch_size": 8}
+WANTED = {"runtime": "openvino", "device": "openvino:CPU", "threads": 2, "instances": 4, "max_batch_size": 8}
+
+OWNERS = """\
+# Ours, do not touch.
+threads = 16   # the whole machine
+
+warmup = 3
+device="auto" # whatever is there
+
+# The answer that we know.
+[[golden]]
+inputs = { x = [1.0] }
+outputs = { y = [2.0] }
+"""
+
+
+def test_an_export_keeps_every_comment_and_key_of_the_owners() -> None:
+    """Only the lines of the keys change; new ones stand before the first table and its comment."""
+    after = edited(OWNERS, WANTED)
+    assert after == OWNERS.replace("threads = 16 ", "threads = 2 ").replace(
+        'device="auto"', 'device="openvino:CPU"'
+    ).replace(
+        "\n# The answer",
+        'runtime = "openvino"\ninstances = 4\nmax_batch_size = 8\n\n# The answer',
+    )
+    assert edited(after, WANTED) == after
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "threads = [1,\n 2]\n",
+        'precision = """\nthreads = 3\n"""\nx = 1\n',
+        '"threads" = 3\n',
+        "threads = 1_6\n",
+        "a.b = 1\n",
+        "",
+        "# only a comment",
+        "warmup = 1\r\n[table]\r\nx = 1\r\n",
+        "[table]\nthreads = 7\n",
+    ],
+)
+def test_an_edit_says_what_was_wanted_or_is_refused(text: str) -> None:
+    """Whatever the file looks like: never another key lost or changed."""
+    before = tomllib.loads(text)
+    try:
+        after = tomllib.loads(edited(text, WANTED))
+    except ExportError:
+        return
+    assert after == {**before, **WANTED}
+
+
+@given(st.text(alphabet="ab=[]\"'#\n \r1.{}", max_size=60))
+def test_no_text_makes_an_edit_lose_something(text: str) -> None:
+    """Either exactly the keys are set, or the file is refused."""
+    try:
+        after = edited(text, {"threads": 2})
+    except ExportError:
+        return
+    parsed = tomllib.loads(after.replace("\r\n", "\n"))
+    assert parsed.pop("threads") == 2
+    before = tomllib.loads(text.replace("\r\n", "\n"))
+    before.pop("threads", None)
+    assert parsed == before
+
+
+def test_an_export_replaces_the_file_whole_and_keeps_its_mode(tmp_path: Path) -> None:
+    """Through a link too; a second time there is nothing to do, and the file is not touched."""
+    real = tmp_path / "elsewhere.toml"
+    real.write_text(OWNERS)
+    real.chmod(0o640)
+    link = tmp_path / "m.toml"
+    link.symlink_to(real)
+    assert export(link, WANTED)
+    assert link.is_symlink()
+    assert stat.S_IMODE(real.stat().st_mode) == 0o640
+    assert tomllib.loads(real.read_text())["instances"] == 4
+    before = real.stat()
+    assert not export(link, WANTED)
+    assert (real.stat().st_ino, real.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
+    assert sorted(os.listdir(tmp_path)) == ["elsewhere.toml", "m.toml"]
+
+
+def test_an_export_makes_a_file_where_there_was_none(tmp_path: Path) -> None:
+    """What the daemon can read it as is what was measured."""
+    assert export(tmp_path / "m.toml", settings_for(SETUP))
+    settings = parse_model_settings((tmp_path / "m.toml").read_text(), source="m.toml")
+    assert (settings.runtime, settings.device, settings.threads) == ("openvino", "openvino:CPU", 2)
+    assert (settings.instances, settings.max_batch_size) == (4, 8)
+
+
+@pytest.mark.parametrize("content", [b"threads = \n", b"\xff\xfe", b'x = """\n'])
+def test_what_cannot_be_parsed_is_refused_and_left_alone(tmp_path: Path, content: bytes) -> None:
+    """With the lines to write by hand."""
+    path = tmp_path / "m.toml"
+    path.write_bytes(content)
+    with pytest.raises(ExportError, match='write it by hand: runtime = "openvino"; '):
+        export(path, WANTED)
+    assert path.read_bytes() == content
+    with pytest.raises(ExportError, match="nothing was changed"):
+        export(tmp_path / "nowhere" / "m.toml", WANTED)
+
+
+@pytest.mark.parametrize(
+    ("runtime", "device", "selector"),
+    [
+        ("onnxruntime", "CPU", "cpu"),
+        ("onnxruntime", "CUDA:1", "cuda:1"),
+        ("openvino", "CPU", "openvino:CPU"),
+        ("openvino", "GPU.0", "openvino:GPU.0"),
+        ("openvino", "NPU", "openvino:NPU"),
+    ],
+)
+def test_every_device_has_words_that_a_settings_file_knows(runtime: str, device: str, selector: str) -> None:
+    """The parser of the settings takes them."""
+    found = settings_for({**SETUP, "runtime": runtime, "device": device, "max_batch_size": None})
+    assert (found["device"], "max_batch_size" in found) == (selector, False)
+    text = edited("", found)
+    assert parse_model_settings(text, source="m.toml").device == selector
+
+
+def rows(*points: tuple[float, float], best: int = 0, current: int = 1) -> list[dict[str, Any]]:
+    return [
+        {"rows_s": x, "p50_us": y, "best": n == best, "current": n == current, "pareto": n == 2}
+        for n, (x, y) in enumerate(points)
+    ]
+
+
+def test_the_plot_has_each_point_in_its_place() -> None:
+    """The best and what serves stand out, also where they lie on others."""
+    text = plot(rows((100, 1000), (50, 2000), (75, 1500), (100, 1000)), width=11, height=5)
+    lines = text.splitlines()
+    assert lines[0] == "2.00 ms |@"
+    assert lines[2] == "        |     o"
+    assert lines[4] == "1.00 ms |          *"
+    assert "50" in lines[6]
+    assert "100 rows/s" in lines[6]
+
+
+def test_the_plot_takes_any_figures() -> None:
+    """All the same, or over many orders of magnitude; it is never wider than asked for."""
+    for points in ([(5, 5), (5, 5)], [(1, 1e6), (1e6, 1), (1e3, 1e3)]):
+        lines = plot(rows(*points)).splitlines()
+        assert max(map(len, lines)) <= 80
+        assert "*" in "".join(lines[:12])
+
+
+def test_a_budget_is_a_time() -> None:
+    """With a unit or in seconds; anything else is refused in words."""
+    assert [budget(text) for text in ("60s", "2m", "500ms", "3", "0.5h")] == [60, 120, 0.5, 3, 1800]
+    for text in ("0", "-1s", "fast", "", "1d"):
+        with pytest.raises(argparse.ArgumentTypeError):
+            budget(text)
+
+
+def test_a_setup_reads_as_a_sentence() -> None:
+    """What is one is not said in the plural."""
+    assert setup_text(SETUP) == "openvino on CPU, 4 × 2 threads, batch 8"
+    assert setup_text({**SETUP, "instances": 1, "threads": 1, "max_batch_size": None}) == (
+        "openvino on CPU, 1 thread"
+    )
