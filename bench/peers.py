@@ -3,28 +3,20 @@
     python -m bench.peers [--quick]
     python -m bench.peers --setup [NAME ...]      # makes an environment for each, from PyPI
 
-Each has an environment of its own below .venv-peers/. What cannot be installed or does not serve here is told
-with the reason. Nothing leaves 127.0.0.1, and what the servers would tell their makers is switched off.
+What cannot be installed or does not serve here is told with the reason; see bench/environments.py.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import shutil
-import signal
-import socket
-import subprocess
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
+from math import nan
 
 from bench.crowd import Crowd
-from bench.harness import ROOT, Daemon
+from bench.environments import PEERS, Peer, PeerFailed, served, setup
+from bench.harness import Daemon
 from bench.load import Effort, interleaved, median, percentile, turns
 from bench.overhead import CLIENTS, IMAGE, has_fast_lane
 from bench.report import (
@@ -42,21 +34,8 @@ from bench.targets import Target, opened
 from tests import zoo
 
 COMMAND = "make bench-peers"
-ENVIRONMENTS = ROOT / ".venv-peers"
-SERVERS = ROOT / "bench" / "peer_servers"
-START_TIMEOUT_S = 90.0
-INSTALL_TIMEOUT_S = 900.0
 PACED_HZ = 1000.0
-
-QUIET = {
-    "ORT_DISABLE_TELEMETRY": "1",
-    "BENTOML_DO_NOT_TRACK": "True",
-    "RAY_USAGE_STATS_ENABLED": "0",
-    "DO_NOT_TRACK": "1",
-    "HF_HUB_OFFLINE": "1",
-    "LITSERVE_DISABLE_TELEMETRY": "1",
-}
-"""What keeps them from telling anybody anything."""
+TINY = (1, 64)
 
 ZEROMQ, FAST_LANE = "edged over ZeroMQ", "edged over the fast lane"
 ALONE = "no server: ONNX Runtime in process"
@@ -67,38 +46,6 @@ GOALS = {ZEROMQ: (0.85, None, 2.1), FAST_LANE: (0.25, 0.65, 3.0)}
 """Over FastAPI's: round trip in a closed loop, paced, and requests/s of several clients."""
 
 
-@dataclass(frozen=True)
-class Peer:
-    """One of the others; `ways` are the kinds of address that are tried, of which the best counts."""
-
-    name: str
-    title: str
-    requirements: tuple[str, ...]
-    ways: tuple[str, ...] = ("tcp",)
-    path: str = "{model}"
-    """Of the URL."""
-    headers: tuple[str, ...] = ()
-
-    @property
-    def python(self) -> Path:
-        """The interpreter of its environment."""
-        return ENVIRONMENTS / self.name / "bin" / "python"
-
-    @property
-    def refusal(self) -> Path:
-        """Where it stands why it could not be installed."""
-        return ENVIRONMENTS / f"{self.name}.failed"
-
-
-RUNTIME = ("onnxruntime", "numpy")
-PEERS = (
-    Peer(
-        "fastapi",
-        "FastAPI",
-        ("fastapi", "uvicorn", "uvloop", "httptools", *RUNTIME),
-        ("unix", "tcp"),
-    ),
-)
 YARDSTICK = "FastAPI"
 
 
@@ -113,15 +60,35 @@ def measure(progress: Progress, effort: Effort) -> Section:
         daemon.start()
         missing: dict[str, str] = {}
         addresses: dict[str, tuple[Peer, str]] = {}
-        for peer in PEERS:
-            for way in peer.ways:
-                title = peer.title + (f", {way}" if len(peer.ways) > 1 else "")
-                try:
-                    progress(f"peers: starting {title}")
-                    addresses[title] = (peer, stack.enter_context(_served(peer, way, daemon)))
-                except PeerFailed as e:
-                    missing[title] = str(e)
+        yardstick, *others = PEERS
+        for way in yardstick.ways:
+            title = f"{yardstick.title}, {way}"
+            try:
+                progress(f"peers: starting {title}")
+                addresses[title] = (
+                    yardstick,
+                    stack.enter_context(served(yardstick, way, daemon.models, daemon.root)),
+                )
+            except PeerFailed as e:
+                missing[title] = str(e)
         tables, claims = _compare(stack, daemon, addresses, progress, effort)
+        rows = []
+        for peer in others:
+            try:
+                rows += _beside(
+                    daemon, addresses, peer, progress, replace(effort, slots=max(1, effort.slots // 3))
+                )
+            except PeerFailed as e:
+                missing[peer.title] = str(e)
+    head = (
+        "the others, from array to array",
+        "1 client, p50 µs",
+        "× FastAPI",
+        f"{CLIENTS} clients, requests/s",
+    )
+    head += ("× FastAPI", "602 KB, p50 µs", "× FastAPI")
+    if rows:
+        tables += f"\n\n{table(head, rows)}"
     told = "".join(f"- {title}: {why}\n" for title, why in missing.items())
     text = f"""
 The same ONNX files behind each, on ONNX Runtime with its defaults (edged's settings are its own, pinned to
@@ -140,10 +107,6 @@ its requests/s with 4 clients on a tiny model.
     return Section("Beside other servers", COMMAND, text, claims)
 
 
-class PeerFailed(Exception):
-    """Why one of the others cannot be measured here."""
-
-
 def _compare(
     stack: ExitStack,
     daemon: Daemon,
@@ -151,23 +114,10 @@ def _compare(
     progress: Progress,
     effort: Effort,
 ) -> tuple[str, list[Claim]]:
-    def asked(model: str, shape: tuple[int, ...], *, bare: bool) -> dict[str, Target]:
-        """Everybody by an app's client, from array to array, or with a message made beforehand."""
-        served = Target("frames" if bare else "client", daemon.endpoint, model, shape=shape)
-        with daemon.client() as client:
-            served = replace(served, input_name=client.model_metadata(model)["inputs"][0]["name"])
-        targets = {ZEROMQ: served}
-        if has_fast_lane() and not bare:
-            targets[FAST_LANE] = replace(served, way="fast")
-        for title, (peer, address) in addresses.items():
-            way, path = "http" if bare else "post", peer.path.format(model=model)
-            targets[title] = Target(way, address, path, shape=shape, headers=peer.headers)
-        return targets
-
     measured: dict[str, Figures] = {}
     for kind in (APP, BARE):
         progress(f"peers: tiny model, {kind}")
-        targets = asked("tiny", (1, 64), bare=kind == BARE)
+        targets = _asked(daemon, addresses, "tiny", TINY, bare=kind == BARE)
         asks = {name: stack.enter_context(opened(target)) for name, target in targets.items()}
         measured[kind] = Figures(
             interleaved(asks, effort), interleaved(asks, effort, PACED_HZ), _crowds(targets, effort)
@@ -175,7 +125,7 @@ def _compare(
     tables = [_tiny_table(measured)]
     for model, title in (("large", "602 KB input, next to no work"), ("shufflenet", "ShuffleNet")):
         progress(f"peers: {model}")
-        targets = asked(model, IMAGE, bare=False)
+        targets = _asked(daemon, addresses, model, IMAGE)
         file = str(daemon.models / f"{model}.onnx")
         feed = targets[ZEROMQ].input_name
         targets[ALONE] = Target("defaults", model=file, shape=IMAGE, input_name=feed)
@@ -190,6 +140,64 @@ def _compare(
     return "\n\n".join(tables), _claims(measured)
 
 
+def _asked(
+    daemon: Daemon,
+    addresses: dict[str, tuple[Peer, str]],
+    model: str,
+    shape: tuple[int, ...],
+    *,
+    bare: bool = False,
+) -> dict[str, Target]:
+    """Everybody by an app's client, from array to array, or with a message made beforehand."""
+    served = Target("frames" if bare else "client", daemon.endpoint, model, shape=shape)
+    with daemon.client() as client:
+        served = replace(served, input_name=client.model_metadata(model)["inputs"][0]["name"])
+    targets = {ZEROMQ: served}
+    if has_fast_lane() and not bare:
+        targets[FAST_LANE] = replace(served, way="fast")
+    for title, (peer, address) in addresses.items():
+        way = "http" if bare else "post"
+        targets[title] = Target(way, address, model, shape=shape, path=peer.path, body=peer.body)
+    return targets
+
+
+def _beside(
+    daemon: Daemon,
+    addresses: dict[str, tuple[Peer, str]],
+    peer: Peer,
+    progress: Progress,
+    effort: Effort,
+) -> list[tuple[object, ...]]:
+    """One of the others, alone with the yardstick: some take much of the machine while they only wait."""
+    progress(f"peers: {peer.title}")
+    with ExitStack() as stack:
+        both = {
+            **addresses,
+            peer.title: (peer, stack.enter_context(served(peer, peer.ways[0], daemon.models, daemon.root))),
+        }
+        figures = []
+        for model, shape in (("tiny", TINY), ("large", IMAGE)):
+            targets = _asked(daemon, both, model, shape)
+            times = interleaved(
+                {name: stack.enter_context(opened(target)) for name, target in targets.items()}, effort
+            )
+            many_hz = _crowds(targets, effort) if model == "tiny" else {}
+            figures.append(Figures(times, times, many_hz))
+    tiny, large = figures
+    closed, _, many = tiny.over(peer.title)
+    return [
+        (
+            peer.title,
+            micros(median(tiny.closed_s[peer.title])),
+            f"{closed:.2f}",
+            f"{tiny.many_hz[peer.title]:,.0f}",
+            f"{many:.2f}",
+            micros(median(large.closed_s[peer.title])),
+            f"{large.over(peer.title)[0]:.2f}",
+        )
+    ]
+
+
 @dataclass(frozen=True)
 class Figures:
     """Of the tiny model, by who was asked."""
@@ -201,10 +209,13 @@ class Figures:
     def over(self, name: str) -> tuple[float, float, float]:
         """A server's figures over the yardstick's, by the way to it that is the better one in each figure."""
         others = [other for other in self.closed_s if other.startswith(YARDSTICK)]
+        if not others:
+            return (nan, nan, nan)
+        many = self.many_hz[name] / max(self.many_hz[other] for other in others) if self.many_hz else nan
         return (
             median(self.closed_s[name]) / min(median(self.closed_s[other]) for other in others),
             median(self.paced_s[name]) / min(median(self.paced_s[other]) for other in others),
-            self.many_hz[name] / max(self.many_hz[other] for other in others),
+            many,
         )
 
 
@@ -257,106 +268,6 @@ def _claims(measured: dict[str, Figures]) -> list[Claim]:
             claims.append(at_most(paced_text, paced, paced_goal, note=notes[1]))
         claims.append(at_least(many_text, many, many_goal, note=notes[2]))
     return claims
-
-
-def check_set_up(peer: Peer) -> None:
-    """Raises PeerFailed for one that has no environment, with the reason that stands where it would be."""
-    if not peer.python.exists():
-        raise PeerFailed(
-            peer.refusal.read_text().strip() if peer.refusal.exists() else "not set up: make bench-peers"
-        )
-
-
-@contextmanager
-def _served(peer: Peer, way: str, daemon: Daemon) -> Iterator[str]:
-    """The address of a running one, once it has answered; raises PeerFailed."""
-    check_set_up(peer)
-    if way == "unix":
-        argument = endpoint = f"unix:{daemon.root}/{peer.name}.sock"
-    else:
-        port = _free_port()
-        argument, endpoint = str(port), f"127.0.0.1:{port}"
-    log = daemon.root / f"{peer.name}-{way}.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [str(peer.python), str(SERVERS / f"{peer.name}_server.py"), str(daemon.models), argument],
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            cwd=daemon.root,
-            env={**_environ(), **QUIET},
-            start_new_session=True,
-        )
-    try:
-        _wait_answer(peer, endpoint, process, log)
-        yield endpoint
-    finally:
-        # Its own process group: some start others. They get a moment to end them in good order.
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _environ() -> dict[str, str]:
-    """Ours, without what would show it our packages."""
-    return {key: value for key, value in os.environ.items() if not key.startswith(("PYTHON", "EDGED"))}
-
-
-def _free_port() -> int:
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return int(sock.getsockname()[1])
-
-
-def _wait_answer(peer: Peer, endpoint: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT_S
-    why = "it did not answer"
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            why = f"it ended with {process.returncode}"
-            break
-        target = Target("http", endpoint, peer.path.format(model="tiny"), headers=peer.headers)
-        try:
-            with opened(target) as ask:
-                ask()
-                return
-        except (OSError, RuntimeError) as e:
-            why = f"it did not answer within {START_TIMEOUT_S:g} s: {e}"
-            time.sleep(0.2)
-    words = log.read_text(errors="replace").strip().splitlines()
-    raise PeerFailed(f"{why}; its last words: {words[-1][:300] if words else 'none'}")
-
-
-def setup(names: Sequence[str]) -> None:
-    """Makes the environments of those named, or of all; what cannot be installed leaves its reason behind."""
-    ENVIRONMENTS.mkdir(exist_ok=True)
-    for peer in PEERS:
-        if (names and peer.name not in names) or peer.python.exists():
-            continue
-        print(f"setting up {peer.title}", file=sys.stderr, flush=True)
-        folder = ENVIRONMENTS / peer.name
-        pip = [str(peer.python), "-m", "pip", "--disable-pip-version-check", "--no-input", "-q", "install"]
-        try:
-            subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True, timeout=INSTALL_TIMEOUT_S)
-            done = subprocess.run(
-                [*pip, *peer.requirements],
-                capture_output=True,
-                text=True,
-                timeout=INSTALL_TIMEOUT_S,
-                check=False,
-            )
-            why = done.stderr.strip().splitlines()[-1] if done.returncode else ""
-        except subprocess.TimeoutExpired:
-            why = f"not within {INSTALL_TIMEOUT_S:g} s"
-        peer.refusal.unlink(missing_ok=True)
-        if why:
-            shutil.rmtree(folder)
-            peer.refusal.write_text(f"it does not install here: {why[:300]}\n")
-            print(f"{peer.title} does not install here: {why}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

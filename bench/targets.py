@@ -31,9 +31,6 @@ __all__ = ["TIMEOUT_S", "Target", "dealer", "frames_of", "input_of", "opened"]
 TIMEOUT_S = 60.0
 """Of each request: a benchmark ends, whatever happens to who is asked."""
 
-BINARY = "Content-Type: application/octet-stream"
-"""Of HTTP, where the server wants to be told nothing else."""
-
 INLINE_BYTES_MAX = 16 * 1024
 """As the Python client does it: below, a tensor is in the header, above it has a frame of its own."""
 
@@ -53,7 +50,7 @@ class Target:
     endpoint: str = ""
     """edged's or the echo's, or for HTTP `unix:PATH` or `HOST:PORT`."""
     model: str = ""
-    """The model's name, for HTTP the path of its URL, in process the file."""
+    """The model's name, in process the file."""
     input_name: str = "x"
     shape: tuple[int, ...] = (1, 64)
     priority: int = 0
@@ -61,10 +58,10 @@ class Target:
     precision: str = "f32"
     threads: int = 1
     device: str = "CPU"
-    headers: tuple[str, ...] = ()
-    """Of HTTP, beside the usual ones."""
-    prefix_b64: str = ""
-    """Of HTTP, what stands before the tensor's bytes in the body."""
+    body: str = "raw"
+    """Of HTTP: `raw` the tensor's bytes, `json` base64 in JSON, `triton` its binary extension; or `grpc`."""
+    path: str = "{model}"
+    """Of HTTP."""
 
     def to_json(self) -> str:
         """For a client process's stdin."""
@@ -74,7 +71,7 @@ class Target:
     def from_json(cls, text: str) -> Target:
         """What `to_json` wrote."""
         fields = json.loads(text)
-        return cls(**{**fields, "shape": tuple(fields["shape"]), "headers": tuple(fields["headers"])})
+        return cls(**{**fields, "shape": tuple(fields["shape"])})
 
 
 def input_of(target: Target) -> np.ndarray:
@@ -98,6 +95,8 @@ def opened(target: Target) -> Iterator[Ask]:
                 yield _session(target, array)
             case "settings":
                 yield _as_the_worker(target, array)
+            case "post" | "http" if target.body == "grpc":
+                yield _grpc(stack, target, array, made=target.way == "http")
             case "post":
                 yield _post(stack, target, array)
             case "http":
@@ -182,9 +181,9 @@ def dealer(endpoint: str) -> Iterator[zmq.Socket[bytes]]:
 
 def _http(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
     """A bare socket and a request made beforehand: what a library for HTTP would add is not the server's."""
-    body = base64.b64decode(target.prefix_b64) + array.tobytes()
-    lines = [f"POST /{target.model} HTTP/1.1", "Host: localhost", f"Content-Length: {len(body)}"]
-    lines += target.headers or (BINARY,)
+    headers, body = _http_body(target, array)
+    lines = [f"POST /{target.path.format(model=target.model)} HTTP/1.1", "Host: localhost"]
+    lines += [f"{name}: {value}" for name, value in headers.items()] + [f"Content-Length: {len(body)}"]
     request = "\r\n".join([*lines, "", ""]).encode() + body
     sock = stack.enter_context(_connected(target.endpoint))
 
@@ -207,17 +206,74 @@ def _connected(endpoint: str) -> socket.socket:
     return sock
 
 
+def _http_body(target: Target, array: np.ndarray) -> tuple[dict[str, str], bytes]:
+    """The headers and the body that carry an array, in the leanest form that the server understands."""
+    raw = array.tobytes()
+    match target.body:
+        case "raw":
+            return {"Content-Type": "application/octet-stream"}, raw
+        case "json":
+            data = base64.b64encode(raw).decode()
+            document = json.dumps({"name": target.model, "data": data})
+            return {"Content-Type": "application/json"}, document.encode()
+        case "triton":
+            tensor = {"name": "x", "shape": array.shape, "datatype": "FP32"}
+            head = json.dumps(
+                {
+                    "inputs": [{**tensor, "parameters": {"binary_data_size": len(raw)}}],
+                    "outputs": [{"name": "y", "parameters": {"binary_data": True}}],
+                }
+            ).encode()
+            return {
+                "Content-Type": "application/octet-stream",
+                "Inference-Header-Content-Length": str(len(head)),
+            }, head + raw
+    raise ValueError(f"no body {target.body!r}")
+
+
+def _grpc(stack: contextlib.ExitStack, target: Target, array: np.ndarray, *, made: bool) -> Ask:
+    """A call of the Open Inference Protocol's gRPC service; its message is written by hand, it is short."""
+    import grpc
+
+    channel = stack.enter_context(grpc.insecure_channel(target.endpoint))
+    call = channel.unary_unary("/inference.GRPCInferenceService/ModelInfer")
+    message = grpc_message(target.model, array)
+    if made:
+        return lambda: call(message, timeout=TIMEOUT_S)
+    return lambda: call(grpc_message(target.model, array), timeout=TIMEOUT_S)
+
+
+def grpc_message(model: str, array: np.ndarray) -> bytes:
+    """A ModelInferRequest of the Open Inference Protocol.
+
+    model_name = 1, inputs = 5 (name = 1, datatype = 2, shape = 3), raw_input_contents = 7.
+    """
+    shape = b"".join(_varint(length) for length in array.shape)
+    tensor = _field(1, b"x") + _field(2, b"FP32") + _field(3, shape)
+    return _field(1, model.encode()) + _field(5, tensor) + _field(7, array.tobytes())
+
+
+def _field(number: int, data: bytes) -> bytes:
+    return _varint(number << 3 | 2) + _varint(len(data)) + data
+
+
+def _varint(value: int) -> bytes:
+    parts = bytearray()
+    while value > 0x7F:
+        parts.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*parts, value])
+
+
 def _post(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
     """As an app in Python would do it that wants to be quick: what it has and what it gets are arrays."""
     connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT_S)
     connection.sock = stack.enter_context(_connected(target.endpoint))
-    headers = dict(line.split(": ", 1) for line in target.headers) or dict([BINARY.split(": ", 1)])
-    prefix = base64.b64decode(target.prefix_b64)
-    path = f"/{target.model}"
+    path = f"/{target.path.format(model=target.model)}"
 
     def ask() -> np.ndarray:
-        body = array.tobytes()
-        connection.request("POST", path, prefix + body if prefix else body, headers)
+        headers, body = _http_body(target, array)
+        connection.request("POST", path, body, headers)
         response = connection.getresponse()
         answer = response.read()
         if response.status != 200:

@@ -15,7 +15,7 @@ import numpy as np
 import onnx
 import pytest
 
-from bench import cuda, loadgen, overhead, peers
+from bench import cuda, environments, loadgen, overhead, peers, targets
 from bench.crowd import Crowd
 from bench.harness import Daemon
 from bench.load import (
@@ -142,7 +142,7 @@ def test_outcomes_of_several_drivers_add_up() -> None:
 
 def test_target_travels_as_json() -> None:
     """A client process gets exactly what was meant."""
-    target = Target("http", "127.0.0.1:80", "m", shape=(2, 3), headers=("A: b",), priority=1)
+    target = Target("http", "127.0.0.1:80", "m", shape=(2, 3), body="json", path="v2/{model}", priority=1)
     assert Target.from_json(target.to_json()) == target
     with pytest.raises(ValueError, match="no way 'pigeon'"), opened(replace(target, way="pigeon")):
         pass
@@ -193,13 +193,21 @@ def test_batches_of_resnet_are_rows_that_stand_alone() -> None:
 
 def test_peer_that_is_not_set_up_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """No environment is a reason and not a crash, and one that did not install says why."""
-    monkeypatch.setattr(peers, "ENVIRONMENTS", tmp_path)
-    (peer, *_) = peers.PEERS
-    with pytest.raises(peers.PeerFailed, match="make bench-peers"):
-        peers.check_set_up(peer)
+    monkeypatch.setattr(environments, "ENVIRONMENTS", tmp_path)
+    (peer, *_) = environments.PEERS
+    with pytest.raises(environments.PeerFailed, match="make bench-peers"):
+        environments.check_set_up(peer)
     peer.refusal.write_text("it does not install here: no wheel\n")
-    with pytest.raises(peers.PeerFailed, match="no wheel"):
-        peers.check_set_up(peer)
+    with pytest.raises(environments.PeerFailed, match="no wheel"):
+        environments.check_set_up(peer)
+
+
+def test_grpc_message_is_what_the_protocol_says() -> None:
+    """Field by field, lengths above 127 in two bytes: a server's own library must be able to read it."""
+    message = targets.grpc_message("m", np.zeros((1, 150), np.float32))
+    tensor = b"\x0a\x01x" + b"\x12\x04FP32" + b"\x1a\x03\x01\x96\x01"
+    head = b"\x0a\x01m" + b"\x2a" + bytes([len(tensor)]) + tensor
+    assert message == head + b"\x3a\xd8\x04" + bytes(600)
 
 
 def test_figures_are_held_against_the_better_way_to_the_yardstick() -> None:
