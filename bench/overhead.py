@@ -6,7 +6,6 @@ of socket, the same bytes, no work. Several clients are processes of their own.
 
 from __future__ import annotations
 
-import inspect
 import os
 import subprocess
 import sys
@@ -27,12 +26,11 @@ from bench.report import (
     Section,
     at_most,
     micros,
-    not_measured,
     run_alone,
     table,
 )
-from bench.targets import Target, dealer, frames_of, input_of, opened
-from edged import Client
+from bench.targets import Target, input_of, opened
+from edged import InferResult
 from tests import zoo
 
 COMMAND = "python -m bench.overhead"
@@ -44,15 +42,12 @@ ANSWER_BYTES = 256
 """What an echo with a small answer sends in place of a large tensor: about as much as edged's reply has."""
 
 TINY_GOAL, FRAME_GOAL, LEASE_GOAL_MS, VIDEO_GOAL = 1.5, 1.6, 0.35, 1.2
+COMPUTE_RUNS = 50
+
 BUSY = 0.85
 """From so much of a CPU on, a process is what binds; the rest is its waiting for the one before it."""
 
 Times = dict[str, list[float]]
-
-
-def has_fast_lane() -> bool:
-    """Whether this version's client has a fast lane."""
-    return "fast" in inspect.signature(Client).parameters
 
 
 def measure(progress: Progress, effort: Effort) -> Section:
@@ -81,11 +76,11 @@ def _tiny(
     echo = stack.enter_context(echo_server(daemon.root / "run" / "echo.sock"))
     targets = {
         "bare echo": Target("frames", echo, "tiny"),
-        "edged, message made beforehand": replace(tiny, way="frames"),
-        "edged, `Client`": tiny,
+        "edged over ZeroMQ, message made beforehand": replace(tiny, way="frames"),
+        "edged over ZeroMQ, `Client(fast=False)`": replace(tiny, way="zeromq"),
+        "edged over the fast lane, packet made beforehand": replace(tiny, way="packets"),
+        "edged over the fast lane, `Client`": tiny,
     }
-    if has_fast_lane():
-        targets["edged, `Client(fast=True)`"] = replace(tiny, way="fast")
     asks = {name: stack.enter_context(opened(target)) for name, target in targets.items()}
     progress("overhead: tiny model, closed loop")
     times = {"closed loop": interleaved(asks, effort)}
@@ -100,8 +95,9 @@ sends back what came. Paced, the client sleeps until its next tick, and everyone
 
 {_loops(times)}
 """
-    factor = median(closed_loop["edged, `Client`"]) / median(closed_loop["bare echo"])
-    bare = median(closed_loop["edged, message made beforehand"]) / median(closed_loop["bare echo"])
+    echo_s = median(closed_loop["bare echo"])
+    factor = median(closed_loop["edged over ZeroMQ, `Client(fast=False)`"]) / echo_s
+    bare = median(closed_loop["edged over ZeroMQ, message made beforehand"]) / echo_s
     claim = at_most(
         "tiny model, one client over ZeroMQ, round trip over the bare echo's",
         factor,
@@ -169,7 +165,7 @@ def _video(stack: ExitStack, tiny: Target, progress: Progress, effort: Effort) -
     }
     asks = {name: stack.enter_context(opened(target)) for name, target in targets.items()}
     times = interleaved(asks, effort)
-    tiny_model_s, model_s = compute_s(replace(tiny, way="frames")), compute_s(replace(video, way="frames"))
+    tiny_model_s, model_s = compute_s(tiny), compute_s(video)
     off = {
         name: median(samples) - (tiny_model_s if name.startswith("tiny") else model_s)
         for name, samples in times.items()
@@ -192,22 +188,21 @@ One input of {megabytes:.1f} MB (1×3×{VIDEO_SIDE}×{VIDEO_SIDE} FP32), mean of
 
 
 def compute_s(target: Target) -> float:
-    """The median time that the runtime took, as edged's replies say."""
-    runs = 50
-    frames = frames_of(target, input_of(target))
-    with dealer(target.endpoint) as sock:
-        taken = []
-        for _ in range(runs):
-            sock.send_multipart(frames, copy=False)
-            header = msgpack.unpackb(sock.recv_multipart()[0], strict_map_key=False)
-            taken.append(header["parameters"]["compute_us"] / 1e6)
-    return median(taken)
+    """The median time that the runtime takes when edged is asked in this way, as its replies say."""
+    taken_us = []
+    with opened(target) as ask:
+        for _ in range(COMPUTE_RUNS):
+            answer = ask()
+            if not isinstance(answer, InferResult):
+                answer = InferResult({}, "", "", msgpack.unpackb(bytes(answer[0]))["parameters"])
+            taken_us.append(answer.compute_us)
+    return median(taken_us) / 1e6
 
 
 def _crowds(
     stack: ExitStack, daemon: Daemon, tiny: Target, progress: Progress, effort: Effort
 ) -> tuple[str, list[Claim]]:
-    ways = {"ZeroMQ": tiny} | ({"fast lane": replace(tiny, way="fast")} if has_fast_lane() else {})
+    ways = {"ZeroMQ": replace(tiny, way="zeromq"), "fast lane": tiny}
     rows, claims = [], []
     for way, target in ways.items():
         progress(f"overhead: 1 and {CLIENTS} clients, {way}")
@@ -237,8 +232,6 @@ def _crowds(
         figure = f"{factor:.2f} × ({_limit(busy[f'{CLIENTS} clients'])})"
         text = f"tiny model, {CLIENTS} clients' requests/s over one's, {way}"
         claims.append(Claim(text, "as high as the cores allow", figure, None))
-    if not has_fast_lane():
-        claims.append(not_measured("tiny model over the fast lane", "see the peers", "this client has none"))
     text = f"""
 The tiny model again, by client processes that ask without a pause; CPUs kept busy by the supervisor, by the
 worker and its like, and by the clients themselves, of {os.cpu_count()}.

@@ -171,7 +171,7 @@ def _beside(
     slots = turns(variants, replace(effort, slots=max(1, effort.slots // 3)))
     times = {name: [seconds for slot in each for seconds in slot] for name, each in slots.items()}
     p99_s = {name: percentile(samples, 0.99) for name, samples in times.items()}
-    run_s = overhead.compute_s(replace(net, way="frames"))
+    run_s = overhead.compute_s(net)
     alone_s, flooded_s, urgent_alone_s, urgent_s = p99_s.values()
     rows: list[tuple[object, ...]] = []
     for name, samples in times.items():

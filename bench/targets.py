@@ -15,6 +15,7 @@ import os
 import socket
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # only effective before a runtime's import
@@ -31,6 +32,9 @@ __all__ = ["TIMEOUT_S", "Target", "dealer", "frames_of", "input_of", "opened"]
 TIMEOUT_S = 60.0
 """Of each request: a benchmark ends, whatever happens to who is asked."""
 
+PACKET_BYTES_MAX = 65536
+"""Of the fast lane, either way."""
+
 INLINE_BYTES_MAX = 16 * 1024
 """As the Python client does it: below, a tensor is in the header, above it has a frame of its own."""
 
@@ -39,11 +43,12 @@ INLINE_BYTES_MAX = 16 * 1024
 class Target:
     """One way to have one model run.
 
-    `way` says how: `client` is `edged.Client`, `fast` the same over the fast lane, `lease` the same with the
-    input in the app's own lease, `frames` a bare DEALER with a message made beforehand (an echo takes it
-    too), `defaults` ONNX Runtime in process with nothing set, `settings` a runtime in process as edged's
-    worker sets it up, `post` a POST of the raw bytes by Python's own HTTP client over one connection that is
-    kept, from array to array, `http` the same by a bare socket with a request made beforehand.
+    `way` says how: `client` is `edged.Client` as it comes, `zeromq` the same without the fast lane, `lease`
+    as it comes with the input in the app's own lease, `frames` a bare DEALER with a message made beforehand
+    (an echo takes it too), `packets` a bare connection to the fast lane likewise, `defaults` ONNX Runtime in
+    process with nothing set, `settings` a runtime in process as edged's worker sets it up, `post` a POST of
+    the raw bytes by Python's own HTTP client over one connection that is kept, from array to array, `http`
+    the same by a bare socket with a request made beforehand.
     """
 
     way: str
@@ -85,12 +90,16 @@ def opened(target: Target) -> Iterator[Ask]:
     array = input_of(target)
     with contextlib.ExitStack() as stack:
         match target.way:
-            case "client" | "fast" | "lease":
+            case "client" | "zeromq" | "lease":
                 yield _edged(stack, target, array)
             case "frames":
                 frames = frames_of(target, array)
                 sock = stack.enter_context(dealer(target.endpoint))
                 yield lambda: _exchange(sock, frames)
+            case "packets":
+                (packet,) = frames_of(target, array)
+                lane = stack.enter_context(_lane(target.endpoint))
+                yield lambda: _answered(lane, packet)
             case "defaults":
                 yield _session(target, array)
             case "settings":
@@ -106,10 +115,8 @@ def opened(target: Target) -> Iterator[Ask]:
 
 
 def _edged(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
-    if target.way == "fast":
-        client = stack.enter_context(Client(target.endpoint, timeout=TIMEOUT_S, fast=True))
-    else:
-        client = stack.enter_context(Client(target.endpoint, timeout=TIMEOUT_S))
+    fast = target.way != "zeromq"
+    client = stack.enter_context(Client(target.endpoint, timeout=TIMEOUT_S, fast=fast))
     if target.way == "lease":
         lease = stack.enter_context(client.lease(array.nbytes))
         leased = lease.array(array.shape, array.dtype)
@@ -117,6 +124,18 @@ def _edged(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> As
         array = leased
     inputs = {target.input_name: array}
     return lambda: client.infer(target.model, inputs, priority=target.priority)
+
+
+def _lane(endpoint: str) -> socket.socket:
+    lane = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    lane.connect(str(Path(endpoint.removeprefix("ipc://")).with_name("lease.sock")))
+    lane.settimeout(TIMEOUT_S)
+    return lane
+
+
+def _answered(lane: socket.socket, packet: bytes) -> bytes:
+    lane.send(packet)
+    return lane.recv(PACKET_BYTES_MAX)
 
 
 def _session(target: Target, array: np.ndarray) -> Ask:

@@ -8,6 +8,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
 
@@ -222,11 +223,14 @@ def test_figures_are_held_against_the_better_way_to_the_yardstick() -> None:
 
 @pytest.mark.e2e
 def test_each_way_reaches_the_daemon_and_answers_alike(tiny: Target) -> None:
-    """`Client` and a message made beforehand are the same question to the same model."""
-    with opened(tiny) as ask, opened(replace(tiny, way="frames")) as ask_bare:
-        times = interleaved({"client": ask, "bare": ask_bare}, SHORT)
+    """Over ZeroMQ and the fast lane, by the client or made beforehand: each has its answer."""
+    ways = ("client", "zeromq", "lease", "frames", "packets")
+    with ExitStack() as stack:
+        asks = {way: stack.enter_context(opened(replace(tiny, way=way))) for way in ways}
+        times = interleaved(asks, SHORT)
     assert all(seconds > 0 for samples in times.values() for seconds in samples)
-    assert {name: bool(samples) for name, samples in times.items()} == {"client": True, "bare": True}
+    assert all(times.values())
+    assert list(times) == list(ways)
     assert overhead.compute_s(replace(tiny, way="frames")) >= 0
 
 
@@ -271,5 +275,5 @@ def test_a_whole_benchmark_runs(tiny: Target) -> None:
     section = overhead.measure(said.append, SHORT)
     assert said
     assert section.command == "python -m bench.overhead"
-    assert "| edged, `Client` | 1000 Hz |" in section.text
+    assert "| edged over the fast lane, `Client` | 1000 Hz |" in section.text
     assert len(section.claims) >= 5
