@@ -440,6 +440,18 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
         },
     ),
     (
+        "fail",
+        "cannot see home directories",
+        "BindReadOnlyPaths=/home/ann/models",
+        {"places": (place("models", "/home/ann/models"),), "unit": unit(ProtectHome="yes")},
+    ),
+    (
+        "fail",
+        "cannot see the machine's /tmp",
+        "BindReadOnlyPaths=/tmp/models",
+        {"places": (place("models", "/tmp/models"),), "unit": unit(PrivateTmp="yes")},
+    ),
+    (
         "warn",
         "anyone on this machine decides",
         "chmod o-w",
@@ -515,6 +527,13 @@ def test_what_warns_or_fails_nearly_always_has_something_to_type() -> None:
             assert each.level in LEVELS
             if each.level in ("warn", "fail"):
                 assert each.fix or "there is no unit" in each.text, (words, each)
+
+
+def test_a_home_that_is_bound_into_the_service_is_no_fault() -> None:
+    """That is what the fix asks for."""
+    bound = unit(ProtectHome="yes", BindReadOnlyPaths="/home/ann/models:/home/ann/models:rbind")
+    findings = examine(replace(HEALTHY, places=(place("models", "/home/ann/models"),), unit=bound))
+    assert worst(findings) == "ok"
 
 
 def test_intels_own_governor_is_no_fault() -> None:

@@ -25,11 +25,31 @@ def disk(facts: Facts) -> Rows:
         place = facts.place(role)
         if place is None:
             continue
+        yield from _hidden(facts, place)
         if place.node is None:
             yield from _no_directory(facts, place)
             continue
         yield from _owner(facts, place)
         yield from _space(facts, place)
+
+
+def _hidden(facts: Facts, place: Place) -> Rows:
+    """What the service's sandbox keeps from its eyes, whatever the permission bits say."""
+    said = facts.unit.properties
+    if not facts.system or place.path in said.get("BindPaths", "") + said.get("BindReadOnlyPaths", ""):
+        return
+    homes = place.path.startswith(("/home/", "/root/", "/run/user/"))
+    if homes and said.get("ProtectHome") in ("yes", "true", "tmpfs"):
+        hidden = "home directories (ProtectHome=)"
+    elif place.path.startswith(("/tmp/", "/var/tmp/")) and said.get("PrivateTmp") in ("yes", "true"):  # noqa: S108 - nothing is written there
+        hidden = "the machine's /tmp (PrivateTmp=)"
+    else:
+        return
+    yield (
+        "fail",
+        f"the service cannot see {hidden}, where the {place.role} directory {place.path} lies",
+        f"systemctl edit {facts.unit.name}  # [Service] BindReadOnlyPaths={quoted(place.path)}",
+    )
 
 
 def _no_directory(facts: Facts, place: Place) -> Rows:

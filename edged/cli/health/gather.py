@@ -65,7 +65,8 @@ _PROPERTIES = (
     *("NRestarts", "ExecMainStatus", "ExecMainCode", "NeedDaemonReload", "FragmentPath", "DropInPaths"),
     *("User", "Type", "WatchdogUSec", "MemoryMax", "MemoryHigh", "MemoryCurrent", "LimitNOFILE"),
     *("DevicePolicy", "DeviceAllow", "ExecStart", "ActiveEnterTimestamp", "InactiveEnterTimestamp"),
-    *("OOMPolicy", "TasksMax", "CPUQuotaPerSecUSec", "RuntimeDirectoryPreserve"),
+    *("OOMPolicy", "TasksMax", "CPUQuotaPerSecUSec", "RuntimeDirectoryPreserve", "ProtectHome"),
+    *("PrivateTmp", "BindPaths", "BindReadOnlyPaths"),
     *("StateDirectory", "CacheDirectory", "RuntimeDirectory", "ConfigurationDirectory"),
 )
 _GROUPS = ("edged", "edged-drop", "edged-admin", "render", "video")
