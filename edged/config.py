@@ -26,6 +26,7 @@ from edged.units import Kind, ValueProblem, quoted
 
 __all__ = [
     "SETTINGS_BYTES_MAX",
+    "CacheSettings",
     "Config",
     "ConfigError",
     "DevicesConfig",
@@ -99,6 +100,7 @@ class LimitsConfig:
     clients: int = 1024
     lease_bytes: int = 256 * _MIB
     leases: int = 64
+    cache_bytes: int = 64 * _MIB
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,14 @@ class Tolerance:
 
 
 @dataclass(frozen=True)
+class CacheSettings:
+    """How many bytes of a model's answers are kept, and for how long; None is for as long as they fit."""
+
+    bytes: int
+    ttl_s: float | None = None
+
+
+@dataclass(frozen=True)
 class GoldenInline:
     """One known answer from a model's TOML: nested lists of numbers, booleans or strings by tensor name."""
 
@@ -212,6 +222,7 @@ class ModelSettings:
     queue_length: int | None = None
     max_batch_size: int | None = None
     max_queue_delay_s: float = 0.0
+    cache: CacheSettings | None = None
     versions: str | tuple[int, ...] = "latest:1"
     warmup: int = 1
     golden: tuple[GoldenInline, ...] = ()
@@ -224,6 +235,9 @@ class ModelSettings:
             if value == getattr(_MODEL_DEFAULTS, key.field):
                 continue
             match value:
+                case CacheSettings():
+                    ttl = {} if value.ttl_s is None else {"ttl": value.ttl_s}
+                    plain[key.name] = {"bytes": value.bytes, **ttl}
                 case Tolerance():
                     plain[key.name] = {"rtol": value.rtol, "atol": value.atol}
                 case tuple():
@@ -335,6 +349,20 @@ def _parse_tolerance(value: object) -> object:
     return Tolerance(**parsed)
 
 
+def _parse_cache(value: object) -> object:
+    wants = 'a table such as { bytes = "16MiB", ttl = "10s" }'
+    if not isinstance(value, Mapping) or "bytes" not in value or not set(value) <= {"bytes", "ttl"}:
+        raise ValueProblem(f"must be {wants}, not {quoted(value)}")
+    try:
+        nbytes = units.size(1024, 64 * _GIB).parse(value["bytes"])
+        ttl_s = units.duration(0.001, 365 * 86400).parse(value["ttl"]) if "ttl" in value else None
+    except ValueProblem as problem:
+        raise ValueProblem(f"must be {wants}; a part {problem}") from None
+    assert isinstance(nbytes, int)
+    assert isinstance(ttl_s, float | None)
+    return CacheSettings(nbytes, ttl_s)
+
+
 def _parse_golden(value: object) -> object:
     wants = "[[golden]] tables, each with `inputs` and `outputs` by tensor name"
     if not isinstance(value, list | tuple) or len(value) > _GOLDEN_SAMPLES_MAX:
@@ -404,6 +432,12 @@ _TOLERANCE = Kind(
     lambda value: (
         f"{{ rtol = {value.rtol:g}, atol = {value.atol:g} }}" if isinstance(value, Tolerance) else ""
     ),
+)
+_CACHE = Kind(
+    "a table of `bytes`, a size, and `ttl`, a duration that may be left out",
+    _parse_cache,
+    str,
+    lambda value: "none",
 )
 _GOLDEN = Kind("tables, each with `inputs` and `outputs`", _parse_golden, str, lambda value: "none")
 
@@ -480,7 +514,7 @@ _SECTIONS: Mapping[str, tuple[str, type, tuple[_Key, ...]]] = {
                 "queue_bytes",
                 "queue_bytes",
                 units.size(64 * 1024, 64 * _GIB),
-                "Bytes of all waiting requests together.",
+                "Bytes of all waiting requests together; one client alone has at most half of them.",
             ),
             _Key("clients", "clients", units.whole(1, 65536), "Clients that are kept account of."),
             _Key(
@@ -490,6 +524,13 @@ _SECTIONS: Mapping[str, tuple[str, type, tuple[_Key, ...]]] = {
                 "Bytes of shared memory that the processes of one user may lease together; 0 leases none.",
             ),
             _Key("leases", "leases", units.whole(1, 1024), "Leased regions of one connection."),
+            _Key(
+                "cache_bytes",
+                "cache_bytes",
+                units.size(0, 64 * _GIB),
+                "Bytes of kept answers of all models together; a model keeps some only where its `cache` "
+                "says so.",
+            ),
         ),
     ),
     "resources": (
@@ -711,6 +752,13 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         "max_queue_delay_s",
         units.duration(0, 10),
         "How long a request may be kept waiting for others to share its run, though the model is free.",
+    ),
+    _Key(
+        "cache",
+        "cache",
+        _CACHE,
+        "Answers that are kept, written `[cache]`: the same inputs again are answered without a run. What "
+        "has inputs or outputs in leased memory is never kept.",
     ),
     _Key(
         "versions",

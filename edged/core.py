@@ -17,6 +17,7 @@ from typing import Any
 
 from edged import resources, status
 from edged.admission import checked_inputs, checked_outputs, rows_and_key
+from edged.cache import Keep, ResponseCache, question
 from edged.choosing import Chooser
 from edged.config import Config
 from edged.devices import Verdict
@@ -43,6 +44,8 @@ from edged.events import (
     InstanceLoaded,
     InstanceLoadFailed,
     InstanceProving,
+    Kept,
+    KeptSent,
     LaneClosed,
     LaneOpened,
     LanePacket,
@@ -58,6 +61,7 @@ from edged.events import (
     RunFailed,
     Sampled,
     Scan,
+    SendKept,
     SetLogLevel,
     ShrinkWorkers,
     ShutdownAsked,
@@ -71,7 +75,7 @@ from edged.events import (
 from edged.happenings import Happenings
 from edged.instances import Instance, InstanceState, Machine, Surroundings
 from edged.lifecycle import Lifecycle
-from edged.messages import Peer, RegionPart
+from edged.messages import Peer, RegionPart, TensorData
 from edged.placement import Placement
 from edged.regions import Regions
 from edged.registry import Registry
@@ -134,6 +138,7 @@ class Core:
             count_max=regions_max,
             page_bytes=page_bytes,
         )
+        self.cache = ResponseCache(limits.cache_bytes)
         self.registry = Registry()
         self.workers = Workers(self.around)
         self.placement = Placement(self.around, now_s=now_s)
@@ -144,6 +149,7 @@ class Core:
             workers=self.workers,
             scheduler=self.scheduler,
             regions=self.regions,
+            cache=self.cache,
             drained=self._check_drained,
             epoch_offset_s=epoch_offset_s,
         )
@@ -168,6 +174,8 @@ class Core:
             RequestArrived: self._on_request,
             RunDone: self.runs.on_done,
             RunFailed: self.runs.on_failed,
+            Kept: self._on_kept,
+            KeptSent: self._on_kept_sent,
             BadMessage: self._on_bad_message,
             LaneOpened: lambda e, _: self._on_lane(e),
             LanePacket: lambda e, _: self._on_lane(e),
@@ -283,12 +291,17 @@ class Core:
         instance = self.registry.lookup(request.model_name, request.model_version)
         self.scheduler.check_room(event.route, request.id)
         parts: list[RegionPart] = []
+        keep: Keep | None = None
         try:
             inputs = checked_inputs(instance, event, self.regions, parts)
             outputs, into = checked_outputs(instance, event, self.regions, parts)
         except EdgedError:
             instance.stats.failure("reject", 0)
             raise
+        if instance.settings.cache is not None and not parts:
+            keep = Keep(question(inputs, outputs), instance.settings.cache.bytes)
+            if self._answer_kept(event, instance, inputs, keep, now_s):
+                return
         peer = event.peer
         job = Job(
             route=event.route,
@@ -303,6 +316,7 @@ class Core:
             priority=priority,
             warnings=unknown_parameters(request),
             client=(peer.uid, peer.pid),
+            keep=keep,
         )
         if parts:
             job.into = into
@@ -316,6 +330,53 @@ class Core:
         except EdgedError:
             instance.stats.failure("reject", 0)
             raise
+
+    # ------------------------------------------------------------------ kept answers
+
+    def _answer_kept(
+        self, event: RequestArrived, instance: Instance, inputs: list[TensorData], keep: Keep, now_s: float
+    ) -> bool:
+        """Answers with what is kept, if that is there."""
+        answer = self.cache.get(instance.id, keep.digest, now_s)
+        if answer is None:
+            instance.stats.sums["cache_miss"][0] += 1
+            return False
+        rows = rows_and_key(inputs, None)[0] if instance.batch_max > 1 else 1
+        parameters = {**answer.parameters, "batch_size": rows, "queue_us": 0, "compute_us": 0, "cache": "hit"}
+        warnings = unknown_parameters(event.request)
+        if warnings:
+            parameters["warnings"] = warnings
+        self._out.append(
+            SendKept(
+                event.route,
+                event.request.id,
+                instance.id,
+                instance.name,
+                str(instance.version),
+                rows,
+                answer.outputs,
+                parameters,
+                now_s,
+            )
+        )
+        return True
+
+    def _on_kept(self, event: Kept, now_s: float) -> None:
+        instance = self.registry.instances.get(event.instance)
+        if instance is None or instance.settings.cache is None:
+            return
+        instance.stats.sums["cache_miss"][1] += event.ns
+        guard = self.around.guard
+        if guard is None or guard.level < resources.Level.SHRINK:
+            ttl_s = instance.settings.cache.ttl_s
+            self.cache.put(instance.id, event.keep, event.answer, ttl_s=ttl_s, now_s=now_s)
+
+    def _on_kept_sent(self, event: KeptSent, now_s: float) -> None:
+        self.runs.counters["inferences"] += 1
+        instance = self.registry.instances.get(event.instance)
+        if instance is not None:
+            epoch_ms = int((now_s + self.runs.epoch_offset_s) * 1000)
+            instance.stats.hit(rows=event.rows, total_ns=event.ns, epoch_ms=epoch_ms)
 
     # ------------------------------------------------------------------ leases
 
@@ -472,6 +533,7 @@ class Core:
             pressed = pressed or guard.level >= resources.Level.SHRINK
         if pressed:
             self._out.append(ShrinkWorkers())
+            self.cache.clear()
         rss_bytes = {w.pid: w.rss_bytes for w in sample.workers}
         self.workers.on_sampled(rss_bytes, guard.over_budget, now_s)
 
@@ -487,6 +549,8 @@ class Core:
         self.scheduler.clients_max = config.limits.clients
         self.regions.bytes_per_uid = config.limits.lease_bytes
         self.regions.per_connection = config.limits.leases
+        self.cache.bytes_max = config.limits.cache_bytes
+        self.cache.shrink()
         if config.log.level != old.log.level:
             self._out.append(SetLogLevel(config.log.level))
         self._out.append(Scan(0.0))

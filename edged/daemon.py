@@ -29,6 +29,7 @@ import zmq
 
 from edged import sites, wire
 from edged.arena import ArenaBoundsError
+from edged.cache import Answer, Keep
 from edged.catalog import LevelName
 from edged.children import Children
 from edged.config import Config, ConfigError
@@ -52,6 +53,8 @@ from edged.events import (
     FreeRegion,
     GrantRegion,
     InstanceLoadFailed,
+    Kept,
+    KeptSent,
     KillWorker,
     LaneClosed,
     LaneOpened,
@@ -73,6 +76,7 @@ from edged.events import (
     RunFailed,
     Sampled,
     Scan,
+    SendKept,
     SendResult,
     SetLogLevel,
     ShrinkWorkers,
@@ -99,6 +103,7 @@ from edged.metrics import Metrics
 from edged.pressure import PressureWatch
 from edged.reloading import Reload, compare
 from edged.repository import Entry, Snapshot, scan
+from edged.scheduler import Job
 from edged.store import LastGood, Store, StoreError
 from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes, pressure_files
 from edged.transport import Incoming, Router, SocketDir, TransportError, bind_events
@@ -137,6 +142,9 @@ STOP_S = 10.0
 
 DISK_STALLED_S = 120.0
 """A task of the helper's that takes longer is told of; copying a large model from a card takes a minute."""
+
+_HOW_MADE = frozenset({"device", "runtime", "precision", "fallback_reason"})
+"""Of a reply's parameters those that are as true of a kept answer; the others are of one run."""
 
 _EXIT_BUSY = 75
 """EX_TEMPFAIL of sysexits.h: another daemon has the sockets or the state directory."""
@@ -490,6 +498,8 @@ class Daemon:
                 # Once admitted it is answered by what becomes of its run.
                 if request.id is None or self._core.scheduler.find(route, request.id) is None:
                     self._reply(what.socket, route, {"id": request.id, "error": error.to_wire()})
+            case SendKept(route=route, request_id=request_id):
+                self._reply("infer", route, {"id": request_id, "error": error.to_wire()})
             case SendResult(job=job):
                 self._reply("infer", job.route, {"id": job.request_id, "error": error.to_wire()})
             case LanePacket(connection=connection, request=asked):
@@ -648,6 +658,31 @@ class Daemon:
             in_one=type(job.route[0]) is int,
         )
         self._send("infer", job.route, frames, job.request_id)
+        if job.keep is not None:
+            self._keep(job, job.keep, outputs, effect.parameters)
+
+    def _keep(self, job: Job, keep: Keep, outputs: Sequence[wire.Output], parameters: dict[str, Any]) -> None:
+        """Copies an answer out of its slot, which is about to be used again."""
+        began_ns = time.monotonic_ns()
+        if sum([len(content) for *_, content in outputs]) > keep.bytes_max:
+            return
+        made = {k: v for k, v in parameters.items() if k in _HOW_MADE}
+        copied = tuple((name, datatype, shape, bytes(content)) for name, datatype, shape, content in outputs)
+        answer = Answer(copied, made)
+        self._step(Kept(job.instance, keep, answer, time.monotonic_ns() - began_ns))
+
+    def _send_kept(self, effect: SendKept) -> None:
+        frames = wire.encode_infer_reply(
+            effect.request_id,
+            effect.name,
+            effect.version,
+            effect.outputs,
+            effect.parameters,
+            in_one=type(effect.route[0]) is int,
+        )
+        self._send("infer", effect.route, frames, effect.request_id)
+        took_ns = int((time.monotonic() - effect.arrived_s) * 1e9)
+        self._step(KeptSent(effect.instance, effect.rows, max(0, took_ns)))
 
     def _reply(self, socket: str, route: Route, header: dict[str, Any]) -> None:
         self._send(socket, route, [wire.encode(header)], header["id"])
@@ -835,6 +870,7 @@ class Daemon:
         return {
             Reply: lambda e: self._reply(e.socket, e.route, e.header),
             SendResult: self._send_result,
+            SendKept: self._send_kept,
             StartRun: children.start_run,
             GrantRegion: self._grant_region,
             FreeRegion: self._free_region,

@@ -12,12 +12,14 @@ from typing import Any
 
 import msgspec
 
+from edged.cache import Answer, Keep
 from edged.config import Config
 from edged.errors import EdgedError
 from edged.messages import LaneRequest, Peer, Request, RequestId, Route
 from edged.repository import Entry, Snapshot
 from edged.resources import Sample
 from edged.scheduler import Job
+from edged.wire import Output
 
 __all__ = [
     "BadMessage",
@@ -38,6 +40,8 @@ __all__ = [
     "InstanceLoadFailed",
     "InstanceLoaded",
     "InstanceProving",
+    "Kept",
+    "KeptSent",
     "KillWorker",
     "LaneClosed",
     "LaneOpened",
@@ -61,6 +65,7 @@ __all__ = [
     "RunFailed",
     "Sampled",
     "Scan",
+    "SendKept",
     "SendResult",
     "SetLogLevel",
     "ShrinkWorkers",
@@ -141,6 +146,23 @@ class RunDone(Event, frozen=True):
     run_id: int
     outputs: list[Any]
     compute_ns: int
+
+
+class Kept(Event, frozen=True):
+    """The outputs of a run, copied out of its slot to be kept; that took `ns`."""
+
+    instance: int
+    keep: Keep
+    answer: Answer
+    ns: int
+
+
+class KeptSent(Event, frozen=True):
+    """A kept answer was sent, `ns` after its question came."""
+
+    instance: int
+    rows: int
+    ns: int
 
 
 class RunFailed(Event, frozen=True):
@@ -286,6 +308,20 @@ class SendResult(Effect, frozen=True):
     slot: int
     outputs: list[Any]
     parameters: dict[str, Any]
+
+
+class SendKept(Effect, frozen=True):
+    """Send an answer that was kept."""
+
+    route: Route
+    request_id: RequestId
+    instance: int
+    name: str
+    version: str
+    rows: int
+    outputs: tuple[Output, ...]
+    parameters: dict[str, Any]
+    arrived_s: float
 
 
 class StartRun(Effect, frozen=True):

@@ -26,6 +26,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from edged.cache import ResponseCache
 from edged.errors import Cancelled, DeadlineExceeded, EdgedError, ResourceExhausted, Unavailable, make_error
 from edged.events import (
     CancelRun,
@@ -101,6 +102,7 @@ class Runs:
         workers: Workers,
         scheduler: Scheduler,
         regions: Regions,
+        cache: ResponseCache,
         drained: Callable[[Instance, float], None],
         epoch_offset_s: float = 0.0,
     ) -> None:
@@ -119,6 +121,7 @@ class Runs:
         self._workers = workers
         self._scheduler = scheduler
         self._regions = regions
+        self._cache = cache
         self._drained = drained
         """Called when a job of a draining instance has ended."""
         self._ids = 0
@@ -513,6 +516,7 @@ class Runs:
     def forget(self, instance: Instance) -> None:
         """An instance is gone."""
         self._scheduler.drop_queue(instance.id)
+        self._cache.drop(instance.id)
 
     # ------------------------------------------------------------------ time
 

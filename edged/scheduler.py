@@ -47,6 +47,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from edged.cache import Keep
 from edged.errors import AlreadyExists, ResourceExhausted
 from edged.estimate import RunTimes
 from edged.messages import Peer, RegionPart, RequestId, Route, TensorData
@@ -137,6 +138,8 @@ class Job(msgspec.Struct, eq=False):
     shape_key: ShapeKey | None = None
     """With whom it may share a run; None: with nobody."""
     client: Client = (0, 0)
+    keep: Keep | None = None
+    """That its answer is to be kept."""
     charged: bool = False
     """Its client's count has grown for it: that happens once, however often it must be run."""
 

@@ -85,7 +85,17 @@ class ModelStatistics:
         self.batches: dict[int, list[int]] = {}
         """Runs and their nanoseconds by the rows in them."""
         self.sums: dict[str, list[int]] = {
-            kind: [0, 0] for kind in ("success", "fail", "queue", "compute_infer", "cancel", "reject")
+            kind: [0, 0]
+            for kind in (
+                "success",
+                "fail",
+                "queue",
+                "compute_infer",
+                "cancel",
+                "reject",
+                "cache_hit",
+                "cache_miss",
+            )
         }
 
     def executed(self, rows: int, compute_ns: int) -> None:
@@ -109,6 +119,16 @@ class ModelStatistics:
             pair = sums[kind]
             pair[0] += 1
             pair[1] += ns
+        self.histogram.add(total_ns // 1000)
+
+    def hit(self, *, rows: int, total_ns: int, epoch_ms: int) -> None:
+        """Counts one request that was answered with what was kept."""
+        self.inference_count += rows
+        self.last_inference_ms = epoch_ms
+        for kind in ("success", "cache_hit"):
+            pair = self.sums[kind]
+            pair[0] += 1
+            pair[1] += total_ns
         self.histogram.add(total_ns // 1000)
 
     def failure(self, kind: str, total_ns: int) -> None:

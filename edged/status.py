@@ -183,6 +183,7 @@ def server_status(core: Core, now_s: float, *, model: str = "") -> dict[str, Any
             "refused": core.runs.counters["refused"],
         },
         "leases": core.regions.snapshot(),
+        "cache": core.cache.snapshot(),
         "counters": core.counters | core.runs.counters,
     }
     if model:
@@ -253,6 +254,7 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "pid": None if worker is None else worker.pid,
         "rss_bytes": 0 if worker is None else worker.rss_bytes,
         "queue": core.scheduler.queued(instance.id),
+        "cache": None if instance.settings.cache is None else core.cache.snapshot(instance.id),
         "in_flight": core.runs.running(instance),
         "infer_count": stats.inference_count,
         "error_count": stats.error_count,

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from edged.config import CacheSettings
 from edged.errors import InvalidArgument
 from edged.estimate import RunTimes
 from edged.events import (
@@ -22,6 +23,7 @@ from edged.events import (
     RequestArrived,
     RunDone,
     Sampled,
+    SendKept,
     SendResult,
     SetLogLevel,
     ShrinkWorkers,
@@ -142,7 +144,9 @@ def act(world: World, step: tuple[Any, ...]) -> None:
                 world.crash(worker)
         case ("put", model, content, swap):
             device = "cuda" if model == "g" else "auto"
-            world.put(model, content, swap=swap, device=device, max_queue_delay_s=0.004 * int(content))
+            cache = CacheSettings(4096) if content == "2" else None
+            delay_s = 0.004 * int(content)
+            world.put(model, content, swap=swap, device=device, max_queue_delay_s=delay_s, cache=cache)
         case ("version", version, content):
             world.put("v", content, version)
         case ("remove", model):
@@ -670,6 +674,60 @@ def test_a_full_queue_gives_way_to_a_better_priority_and_to_another_client() -> 
     assert 300 <= error["retry_after_ms"] <= 500
     world.finish_runs()
     assert outcomes(world, [*keys[:7], other, high]) == ["ok"] * 9
+
+
+def test_the_same_question_is_answered_without_a_run() -> None:
+    """Where the owner says so: the same bytes, names, shapes and wanted outputs; and it is counted."""
+    world = ready_world(cache=CacheSettings(1 << 20))
+    first = world.infer(size=3)
+    world.finish_runs()
+    assert outcomes(world, [first]) == ["ok"]
+    again, other = world.answer(world.infer(size=3)), world.infer(size=4)
+    assert isinstance(again, SendKept)
+    assert again.parameters["cache"] == "hit"
+    assert again.outputs == (("y", "FP32", [1], b"\1" * 4),)
+    assert len(world.process().runs) == 1
+    world.finish_runs()
+    assert outcomes(world, [other]) == ["ok"]
+    (stats,) = world.request("model_statistics")["model_stats"]
+    assert (stats["inference_count"], stats["execution_count"]) == (3, 2)
+    assert stats["inference_stats"]["cache_hit"] == {"count": 1, "ns": 1000}
+    assert stats["inference_stats"]["cache_miss"] == {"count": 2, "ns": 2000}
+    status = world.request("server_status")
+    assert status["cache"]["entries"] == status["models"][0]["cache"]["entries"] == 2
+
+
+def test_what_is_kept_goes_with_its_model_and_when_memory_is_short() -> None:
+    """Nothing of a version that was replaced is answered; the guard's word empties all."""
+    world = ready_world(cache=CacheSettings(1 << 20))
+    world.infer()
+    world.finish_runs()
+    world.put("m", "2", cache=CacheSettings(1 << 20))
+    world.settle()
+    assert world.core.cache.snapshot() == {"entries": 0, "bytes": 0}
+    key = world.infer()
+    world.finish_runs()
+    assert outcomes(world, [key]) == ["ok"]
+    assert world.core.cache.snapshot()["entries"] == 1
+    world.send(Sampled(sample(free=1 << 20)))
+    assert world.core.cache.snapshot() == {"entries": 0, "bytes": 0}
+    key = world.infer(size=7)
+    world.finish_runs()
+    assert outcomes(world, [key]) == ["ok"]
+    assert world.core.cache.snapshot()["entries"] == 0, "nothing is kept while memory is short"
+
+
+def test_leased_memory_and_models_without_a_cache_are_never_kept() -> None:
+    """The client may change the one; the other's owner did not ask for it."""
+    world = ready_world(cache=CacheSettings(1 << 20))
+    region = world.lease()
+    keys = [world.infer(region=region), world.infer(region=region)]
+    world.finish_runs()
+    plain = ready_world()
+    keys_of_plain = [plain.infer(), plain.infer()]
+    plain.finish_runs()
+    assert outcomes(world, keys) == outcomes(plain, keys_of_plain) == ["ok"] * 2
+    assert world.core.cache.snapshot()["entries"] == plain.core.cache.snapshot()["entries"] == 0
 
 
 def test_a_failed_run_is_answered_with_its_reason() -> None:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from edged.cache import Answer
 from edged.catalog import CATALOG, OF_A_MODEL
 from edged.config import Config, LimitsConfig, ModelSettings, ServerConfig
 from edged.core import Core, Identity
@@ -32,6 +33,8 @@ from edged.events import (
     InstanceLoaded,
     InstanceLoadFailed,
     InstanceProving,
+    Kept,
+    KeptSent,
     KillWorker,
     LaneClosed,
     LaneOpened,
@@ -50,6 +53,7 @@ from edged.events import (
     RunFailed,
     Sampled,
     Scan,
+    SendKept,
     SendResult,
     Stage,
     Staged,
@@ -408,6 +412,15 @@ class World:
 
     def _on_SendResult(self, e: SendResult) -> None:  # noqa: N802 - named after the effect
         self.answers.setdefault((e.job.route[0], e.job.request_id), []).append(e)
+
+        if e.job.keep is not None:
+            outputs = tuple((name, kind, shape, b"\1" * nbytes) for name, kind, shape, _, nbytes in e.outputs)
+            answer = Answer(outputs, {"device": e.parameters["device"]})
+            self.helper.append(Kept(e.job.instance, e.job.keep, answer, 1000))
+
+    def _on_SendKept(self, e: SendKept) -> None:  # noqa: N802 - named after the effect
+        self.answers.setdefault((e.route[0], e.request_id), []).append(e)
+        self.helper.append(KeptSent(e.instance, e.rows, 1000))
 
     def _on_GrantRegion(self, e: GrantRegion) -> None:  # noqa: N802 - named after the effect
         assert e.region not in self.memory
