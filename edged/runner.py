@@ -61,6 +61,10 @@ IN_PLACE = frozenset({"FP16", "BF16", "FP32", "FP64"})
 """What may be read where the client can change it, if the model only computes with it. An integer may be an
 index, and one that changes between a runtime's check and its use reads beyond the tensor."""
 
+LARGE_TIMES, LARGE_BYTES_MIN, LARGE_FORGOTTEN_RUNS = 4, 1 << 20, 64
+"""A run with inputs so many times larger than the others', and of at least that size, leaves the runtime with
+memory that so many runs after it did not need: then it is given back. Sooner would make bursts slower."""
+
 EXIT_FATAL = 70
 """The device failed under the process (EX_SOFTWARE): the supervisor starts another."""
 
@@ -75,6 +79,23 @@ class Loaded:
     optional_outputs: frozenset[str]
     steady_inputs: frozenset[str]
     """What the model reads may change while it runs."""
+    most_bytes: int = 0
+    """Of inputs, in the largest run since memory was given back."""
+    runs_since: int = 0
+    """Since one of about that size: then what it took is not needed again soon."""
+
+    def note_size(self, nbytes: int) -> None:
+        """Counts a run whose inputs take so much; gives memory back when the large ones are over."""
+        if nbytes * LARGE_TIMES >= self.most_bytes:
+            self.runs_since = 0
+            if nbytes > self.most_bytes:
+                self.most_bytes = nbytes
+            return
+        self.runs_since += 1
+        if self.runs_since >= LARGE_FORGOTTEN_RUNS:
+            if self.most_bytes >= LARGE_BYTES_MIN:
+                self.model.shrink()
+            self.most_bytes = nbytes
 
 
 class Runner:
@@ -163,6 +184,7 @@ class Runner:
             if into is not None:
                 inputs[:] = self._leased_feeds(feeds, slot, inputs, loaded)
             end = max([offset + nbytes for _, _, _, offset, nbytes in inputs], default=0)
+            loaded.note_size(end)
             buffer = self._slots.buffer(slot, end)
             for name, datatype, shape, offset, nbytes in inputs:
                 dtype = DTYPES.get(datatype)

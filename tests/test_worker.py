@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edged import arrays
 from edged.process import Spawner, WorkerGone
+from edged.runner import LARGE_FORGOTTEN_RUNS
 from edged.testing import write_fake_model
 from tests.test_runtimes import long_model, save, value, zipmap_model
 from tests.worker_helpers import WAIT_S, Handle
@@ -511,6 +512,35 @@ def check(worker: Handle, sent: dict[int, Any]) -> int:
     np.testing.assert_array_equal(got, sent.pop(answer[1]))
     slot: int = answer[2]
     return slot
+
+
+def test_memory_of_a_large_run_is_given_back(worker: Handle, tmp_path: Path) -> None:
+    """Some runs after one that was much larger than the others, the runtime's memory is free again."""
+    rng = np.random.default_rng(0)
+    weights = [numpy_helper.from_array(rng.standard_normal((256, 256)).astype("f4"), f"w{n}") for n in (0, 1)]
+    nodes = [
+        helper.make_node("MatMul", ["x", "w0"], ["a"]),
+        helper.make_node("Relu", ["a"], ["b"]),
+        helper.make_node("MatMul", ["b", "w1"], ["c"]),
+        helper.make_node("ReduceMax", ["c"], ["y"], axes=[1], keepdims=1),
+    ]
+    path = save(tmp_path / "m.onnx", nodes, [value("x", [-1, 256])], [value("y", [-1, 1])], weights)
+    assert worker.load(path)[0] == "loaded"
+    small, large = np.ones((1, 256), np.float32), np.ones((60_000, 256), np.float32)
+    worker.infer({"x": large})
+    worker.process.arena.shrink(0)
+    held = memory_bytes(worker)
+    for _ in range(LARGE_FORGOTTEN_RUNS + 1):
+        worker.infer({"x": small})
+    assert memory_bytes(worker) < held - large.nbytes
+
+
+def memory_bytes(worker: Handle) -> int:
+    """The memory that is the worker's own."""
+    for line in Path(f"/proc/{worker.process.pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Private_Dirty:"):
+            return int(line.split()[1]) << 10
+    raise AssertionError("no such line")
 
 
 def test_an_unload_waits_for_all_runs(fake: Handle, tmp_path: Path) -> None:
