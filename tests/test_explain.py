@@ -142,7 +142,7 @@ def test_a_model_that_serves_is_explained_and_nothing_is_to_be_typed() -> None:
                     }
                 ],
             },
-            ["400 µs against 800 µs", "it was switched to"],
+            ["400 µs against 800 µs", "it runs so now"],
         ),
         (
             {
@@ -183,6 +183,29 @@ def test_a_model_that_serves_is_explained_and_nothing_is_to_be_typed() -> None:
             ["no batching: a fixed first"],
         ),
         ({"restarts": 3}, ["started again 3 times"]),
+        (
+            {
+                "choice": "tuned",
+                "measured": [
+                    {
+                        "runtime": "onnxruntime",
+                        "device": "CPU",
+                        "threads": 1,
+                        "instances": 2,
+                        "p50_us": 700.0,
+                        "reference_p50_us": 800.0,
+                        "rows_s": 2500.4,
+                        "agrees": True,
+                        "why": "",
+                    }
+                ],
+            },
+            [
+                "had it measured with `edgectl tune`",
+                "1 thread, 2 instances: 700 µs against 800 µs, 2500 rows/s (p50); its answers agree\n",
+                "`edgectl tune` chose another",
+            ],
+        ),
     ],
 )
 def test_each_choice_is_explained_by_the_rule_that_made_it(changes: dict[str, Any], words: list[str]) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import shlex
+import textwrap
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -95,9 +96,15 @@ def explain_command(session: Session, args: argparse.Namespace) -> int:
 def _text(found: Explanation, session: Session) -> str:
     parts = [paint(clean(found.headline), "good" if found.serves else "bad", session.out)]
     for title, lines in found.sections:
-        body = "\n".join(f"  {clean(line)}" for line in lines)
+        body = "\n".join(part for line in lines for part in _wrapped(clean(line), session.out.width))
         parts.append(f"{paint(title, 'strong', session.out)}\n{body}")
     return "\n\n".join(parts)
+
+
+def _wrapped(line: str, width: int | None) -> list[str]:
+    if width is None:
+        return [f"  {line}"]
+    return textwrap.wrap(line, width, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False)
 
 
 def explain(status: Mapping[str, Any], name: str, *, now_s: float) -> Explanation:
@@ -198,21 +205,33 @@ def _place(row: _Row, status: _Row) -> Iterator[str]:
 
 
 def _measured(measured: _Row, row: _Row) -> str:
-    where = f"{measured.get('runtime')} on {measured.get('device')}"
+    where = _setup(measured)
     p50, reference = measured.get("p50_us"), measured.get("reference_p50_us")
     why = str(measured.get("why") or "")
     if p50 is None or reference is None:
         return f"measured: {where}: no figures{f': {why}' if why else ''}"
-    keys = ("runtime", "device", "threads", "instances")
-    here = all(key not in measured or measured[key] == row.get(key) for key in keys)
     figures = f"{micros_text(p50)} against {micros_text(reference)}"
+    if measured.get("rows_s"):
+        figures += f", {measured['rows_s']:.0f} rows/s"
     verdict = "its answers agree" if measured.get("agrees") else "its answers do not agree"
     text = f"measured: {where}: {figures} (p50); {verdict}{f' ({why})' if why else ''}"
-    if here:
-        return f"{text}; it was switched to"
-    if measured.get("agrees") and p50 < reference:
+    if all(measured.get(key) in (None, row.get(key)) for key in _SETUP):
+        return f"{text}; it runs so now"
+    if measured.get("agrees") and p50 < reference and row.get("choice") == "measured":
         return f"{text}; the gain is too small to switch for"
     return text
+
+
+_SETUP = ("runtime", "device", "threads", "instances")
+
+
+def _setup(measured: _Row) -> str:
+    parts = [f"{measured.get('runtime')} on {measured.get('device')}"]
+    if measured.get("threads"):
+        parts.append(f"{measured['threads']} thread{'' if measured['threads'] == 1 else 's'}")
+    if (measured.get("instances") or 1) > 1:
+        parts.append(f"{measured['instances']} instances")
+    return ", ".join(parts)
 
 
 def _not_taken(row: _Row, status: _Row, told: set[tuple[Any, Any]]) -> Iterator[str]:
@@ -225,6 +244,7 @@ def _not_taken(row: _Row, status: _Row, told: set[tuple[Any, Any]]) -> Iterator[
             why = {
                 "pinned": "works; the settings name another",
                 "remembered": "works; it was compared when the choice was made",
+                "tuned": "works; `edgectl tune` chose another",
             }.get(str(row.get("choice")), "works; not measured yet")
         elif verdict == "absent":
             why = "is not on this machine"
