@@ -155,6 +155,7 @@ class MetricsConfig:
 
     textfile: Path | None = None
     interval_s: float = 15.0
+    name: str = ""
     listen: tuple[str, int] | None = None
 
 
@@ -655,6 +656,13 @@ _SECTIONS: Mapping[str, tuple[str, type, tuple[_Key, ...]]] = {
             ),
             _Key("interval", "interval_s", units.duration(1, 3600), "How often the file is written."),
             _Key(
+                "name",
+                "name",
+                units.kind_of_text("at most 64 letters, digits, `_`, `-` and `.`", r"[A-Za-z0-9_.-]{0,64}"),
+                "A label `daemon` on each figure, so that two daemons on one machine are told apart.",
+                "the NAME of `edged@NAME.service`, else none",
+            ),
+            _Key(
                 "listen",
                 "listen",
                 _LISTEN,
@@ -975,6 +983,12 @@ class _Paths:
             runtime = Path(session) / "edged" if user_run else state_dir / "run"
         return f"ipc://{runtime / 'edged.sock'}"
 
+    def daemon_name(self) -> str:
+        """What the runtime directory of a further service, `edged-NAME`, is called after."""
+        runtime = self._systemd("RUNTIME_DIRECTORY")
+        name = runtime.name.removeprefix("edged-") if runtime else "edged"
+        return name if name != "edged" and re.fullmatch(r"[A-Za-z0-9_.-]{0,64}", name) else ""
+
     def textfile(self) -> Path | None:
         runtime = self._systemd("RUNTIME_DIRECTORY")
         return runtime / "metrics" / "edged.prom" if runtime else None
@@ -1150,6 +1164,8 @@ def _assemble(
     metrics = filled["metrics"]
     if "textfile" not in metrics:
         metrics["textfile"] = paths.textfile()
+    if "name" not in metrics:
+        metrics["name"] = paths.daemon_name()
     return Config(
         server=ServerConfig(**server),
         limits=LimitsConfig(**filled["limits"]),

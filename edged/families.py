@@ -70,6 +70,11 @@ FAMILIES: Final[Mapping[str, Family]] = {
     ),
     "edged_model_executions_total": Family("counter", "Runs of the model", _MODEL),
     "edged_model_batch_rows": Family("histogram", "Rows of a run, of all requests in it together", _MODEL),
+    "edged_model_cache_total": Family(
+        "counter",
+        "Requests that were looked up among kept answers, where the model's settings keep any",
+        (*_MODEL, "result"),
+    ),
     "edged_model_errors_total": Family(
         "counter",
         "Requests that were not answered with outputs: failed, cancelled, or refused before they ran",

@@ -42,7 +42,8 @@ _STATES: Final = ("READY", "LOADING", "UNLOADING", "UNAVAILABLE")
 class _Page:
     """The text under construction: samples in the order of their families."""
 
-    def __init__(self) -> None:
+    def __init__(self, daemon: str = "") -> None:
+        self._common = f'daemon="{_escaped(daemon)}"' if daemon else ""
         self._lines: dict[str, list[str]] = {name: [] for name in FAMILIES}
 
     def add(
@@ -55,18 +56,22 @@ class _Page:
         if value is None:
             return
         figure = repr(value) if isinstance(value, float) else str(int(value))
-        pairs = "" if labels is None else "{" + _pairs(labels) + "}"
-        self._lines[name].append(f"{name}{pairs} {figure}")
+        pairs = self._pairs(labels or {})
+        self._lines[name].append(f"{name}{{{pairs}}} {figure}" if pairs else f"{name} {figure}")
 
     def histogram(
         self, name: str, labels: Mapping[str, str], buckets: Iterable[tuple[str, int]], *, total: float
     ) -> None:
         """A histogram: how many were up to each bound, the last being all of them, and their sum."""
-        pairs, lines, count = _pairs(labels), self._lines[name], 0
+        pairs, lines, count = self._pairs(labels), self._lines[name], 0
         for bound, count in buckets:
             lines.append(f'{name}_bucket{{{pairs},le="{bound}"}} {count}')
         lines.append(f"{name}_sum{{{pairs}}} {total!r}")
         lines.append(f"{name}_count{{{pairs}}} {count}")
+
+    def _pairs(self, labels: Mapping[str, str]) -> str:
+        pairs = [f'{key}="{_escaped(text)}"' for key, text in labels.items()]
+        return ",".join([self._common, *pairs] if self._common else pairs)
 
     def text(self) -> str:
         parts = []
@@ -75,10 +80,6 @@ class _Page:
                 family = FAMILIES[name]
                 parts += [f"# HELP {name} {family.help}.", f"# TYPE {name} {family.type}", *lines]
         return "\n".join(parts) + "\n"
-
-
-def _pairs(labels: Mapping[str, str]) -> str:
-    return ",".join([f'{key}="{_escaped(text)}"' for key, text in labels.items()])
 
 
 def _escaped(text: str) -> str:
@@ -123,7 +124,7 @@ class Metrics:
 
     def render(self, core: Core, now_s: float, outside: Mapping[str, float]) -> str:
         """The page; `outside` has the figures that the core does not know, by family."""
-        page = _Page()
+        page = _Page(core.around.config.metrics.name)
         self._daemon(page, core, now_s)
         for name, value in outside.items():
             page.add(name, value)
@@ -207,6 +208,8 @@ def _counters(page: _Page, counted: ModelStatistics, labels: dict[str, str]) -> 
     sums, histogram = counted.sums, counted.histogram
     page.add("edged_model_inferences_total", counted.inference_count, labels)
     page.add("edged_model_executions_total", counted.execution_count, labels)
+    for result in ("hit", "miss"):
+        page.add("edged_model_cache_total", sums.get(f"cache_{result}", [0])[0], {**labels, "result": result})
     for outcome, kind in (("failed", "fail"), ("cancelled", "cancel"), ("refused", "reject")):
         page.add("edged_model_errors_total", sums[kind][0], {**labels, "outcome": outcome})
     page.add("edged_model_queue_seconds_total", sums["queue"][1] / 1e9, labels)

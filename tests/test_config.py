@@ -427,3 +427,16 @@ def test_the_metrics_file_is_on_in_the_service_and_off_elsewhere(tmp_path: Path)
     assert textfile(service, "/run/x/y.prom") == Path("/run/x/y.prom")
     with pytest.raises(ConfigError, match="prom"):
         textfile(service, "/run/x/y.txt")
+
+
+def test_a_further_service_s_metrics_carry_its_name(tmp_path: Path) -> None:
+    """From the runtime directory that `edged@NAME.service` has; the first service's carry none."""
+
+    def name(runtime: str, **flags: str) -> str:
+        environ = {"HOME": str(tmp_path), "RUNTIME_DIRECTORY": runtime, "STATE_DIRECTORY": "/var/lib/x"}
+        return load_config(flags=flags, environ=environ, file=None).metrics.name
+
+    assert name("/run/edged") == ""
+    assert name("/run/edged-left") == "left"
+    assert name("/run/edged-left", metrics_name="right") == "right"
+    assert name("/run/edged-l\\x2dt") == ""

@@ -17,7 +17,7 @@ from edged.events import Sampled
 from edged.families import FAMILIES
 from edged.metrics import BUCKET_POWERS, Metrics
 from edged.statistics import Histogram, ModelStatistics, Refusals
-from tests.world import CPU, OV_CPU, World, sample
+from tests.world import CPU, OV_CPU, World, config, sample
 
 ROOT = Path(__file__).resolve().parent.parent
 RULES = ROOT / "packaging" / "prometheus" / "edged.rules.yml"
@@ -108,6 +108,15 @@ def test_a_counter_does_not_fall_when_an_instance_takes_over_from_one_of_the_sam
     ask(world)
     assert value(page(world, metrics), "edged_model_inferences_total", **m) == 4
     assert value(page(world, metrics), "edged_model_latency_seconds_count", **m) == 4
+
+
+def test_two_daemons_on_one_machine_are_told_apart() -> None:
+    """Each figure of the second carries its name; the first has no such label."""
+    world = World(settings=config(metrics__name="left"))
+    world.put("m")
+    world.settle()
+    assert all(("daemon", "left") in labels for _, labels in page(world))
+    assert not [labels for _, labels in page(serving_world("m")) if "daemon" in dict(labels)]
 
 
 def test_what_is_gone_is_not_told_and_not_kept() -> None:
