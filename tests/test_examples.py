@@ -9,6 +9,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from bench.harness import ROOT, Daemon
@@ -58,6 +59,47 @@ def test_req_client_says_what_to_start_when_nothing_is_there(daemon: Daemon, tmp
     assert done.returncode == 1
     assert "no daemon answers" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+@pytest.fixture(scope="module")
+def fast_lane(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The example in C, compiled without a complaint."""
+    compiler = shutil.which("cc")
+    if compiler is None:
+        pytest.skip("no C compiler is installed")
+    program = tmp_path_factory.mktemp("c") / "fast_lane"
+    command = [
+        compiler,
+        "-std=c11",
+        "-D_GNU_SOURCE",
+        "-O2",
+        "-Wall",
+        "-Wextra",
+        "-Werror",
+        "-o",
+        str(program),
+    ]
+    subprocess.run([*command, str(ROOT / "examples" / "fast_lane.c")], check=True, timeout=100)
+    return program
+
+
+def test_the_fast_lane_from_c(daemon: Daemon, fast_lane: Path) -> None:
+    """The protocol's page is enough to write a client from, in a language without its libraries."""
+    lane = str(daemon.root / "run" / "lease.sock")
+    with np.load(ROOT / "examples" / "digits-heldout.npz") as data:
+        for image, label in zip(data["images"][:8], data["labels"][:8], strict=True):
+            pixels = " ".join(str(float(pixel)) for pixel in image)
+            done = subprocess.run([fast_lane, lane], input=pixels, capture_output=True, text=True, timeout=60)
+            assert done.stdout == f"reads {int(label)}\n", done.stderr
+
+
+def test_the_fast_lane_from_c_says_what_is_wrong(daemon: Daemon, fast_lane: Path, tmp_path: Path) -> None:
+    """No daemon, and no digit."""
+    pixels = "0 " * 64
+    done = subprocess.run([fast_lane, tmp_path / "no.sock"], input=pixels, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
+    done = subprocess.run([fast_lane], input="1 2", capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (1, "")
 
 
 def test_vad_hears_the_sentence_between_the_silences(daemon: Daemon) -> None:
