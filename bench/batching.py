@@ -19,7 +19,6 @@ from bench.harness import PINNED, Daemon
 from bench.load import Ask, Effort, closed, interleaved, median, percentile, turns
 from bench.report import Claim, Progress, Section, at_least, at_most, micros, run_alone, table
 from bench.targets import Target, opened
-from edged.config import ModelSettings
 from tests import zoo
 
 COMMAND = "python -m bench.batching"
@@ -58,8 +57,7 @@ def measure(progress: Progress, effort: Effort) -> Section:
             daemon = Daemon()
             stack.callback(daemon.close)
             file = daemon.put(network.name, network.model)
-            off = "max_batch_size = 1\n" if knows_batching() else ""
-            daemon.put(f"{network.name}-off", network.model, PINNED + off)
+            daemon.put(f"{network.name}-off", network.model, PINNED + "max_batch_size = 1\n")
             daemon.start()
             served = Target("client", daemon.endpoint, network.name, shape=network.shape)
             claims.append(_saturated(stack, daemon, network, served, file, rows, progress, effort))
@@ -78,11 +76,6 @@ One client that asks one request at a time:
 {table(("network", "batching", "p50 µs", "p99 µs"), alone)}
 """
     return Section("Batching", COMMAND, text, claims)
-
-
-def knows_batching() -> bool:
-    """Whether this version has the setting."""
-    return "max_batch_size" in ModelSettings.__dataclass_fields__
 
 
 def _saturated(

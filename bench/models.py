@@ -172,7 +172,7 @@ def _crowd(name: str, progress: Progress, effort: Effort) -> dict[str, Any]:
         stack.callback(daemon.close)
         data = zoo.real(name).read_bytes()
         variants = {"edged": (name, "")}
-        for instances in INSTANCES if _knows_instances() else ():
+        for instances in INSTANCES:
             variants[f"edged, `instances = {instances}`"] = (
                 f"{name}-{instances.strip(chr(34))}",
                 f"instances = {instances}\n",
@@ -212,13 +212,6 @@ def _crowd(name: str, progress: Progress, effort: Effort) -> dict[str, Any]:
         note=best,
     )
     return {"rows": rows, "claims": [claim]}
-
-
-def _knows_instances() -> bool:
-    """Whether this version has the setting."""
-    from edged.config import ModelSettings
-
-    return "instances" in ModelSettings.__dataclass_fields__
 
 
 def _ms(samples: list[float], share: float) -> str:

@@ -18,7 +18,7 @@ from hdrh.histogram import HdrHistogram
 
 from bench.targets import TIMEOUT_S, Target, dealer, frames_of, input_of
 
-__all__ = ["LATENCY_US_MAX", "OpenLoop", "Outcome", "Pipeline", "histogram", "opened_pipeline"]
+__all__ = ["AT_ONCE_S", "LATENCY_US_MAX", "OpenLoop", "Outcome", "Pipeline", "histogram", "opened_pipeline"]
 
 LATENCY_US_MAX = 120_000_000
 """Beyond every timeout; a histogram has a highest value."""
