@@ -77,7 +77,9 @@ STEPS = st.one_of(
     st.tuples(st.just("finish_loads")),
     st.tuples(st.just("sample"), st.sampled_from([8 << 30, 1 << 20])),
     st.tuples(st.just("devices")),
-    st.tuples(st.just("measured"), st.floats(1, 2000)),
+    *[st.tuples(st.just("measured"), st.floats(1, 2000))] * 2,
+    st.tuples(st.just("tune"), MODELS, st.sampled_from(["latency", "throughput"])),
+    st.tuples(st.just("tuned"), st.sampled_from(["status", "cancel", "apply", "apply"])),
     st.tuples(st.just("fault"), st.booleans()),
     st.tuples(st.just("lease")),
     *[st.tuples(st.just("infer_leased"), MODELS, st.integers(0, 9), st.sampled_from([0, 500_000]))] * 2,
@@ -144,9 +146,12 @@ def act(world: World, step: tuple[Any, ...]) -> None:
                 world.crash(worker)
         case ("put", model, content, swap):
             device = "cuda" if model == "g" else "auto"
-            cache = CacheSettings(4096) if content == "2" else None
-            delay_s = 0.004 * int(content)
-            world.put(model, content, swap=swap, device=device, max_queue_delay_s=delay_s, cache=cache)
+            more = {
+                "cache": CacheSettings(4096) if content == "2" else None,
+                "instances": {"1": None, "2": "auto", "3": 2, "4": "auto"}[content],
+                "max_queue_delay_s": 0.004 * int(content),
+            }
+            world.put(model, content, swap=swap, device=device, **more)
         case ("version", version, content):
             world.put("v", content, version)
         case ("remove", model):
@@ -168,6 +173,12 @@ def act(world: World, step: tuple[Any, ...]) -> None:
                 world.measured(
                     reference_p50_us=1000.0, candidate_p50_us=figure, agrees=True, proven=True, why=""
                 )
+        case ("tune", model, aim):
+            world.request("model_tune", model_name=model, settings={"do": "start", "aim": aim})
+        case ("tuned", what):
+            tune = world.core.chooser.tune
+            number = 0 if tune is None else tune.id
+            world.request("model_tune", settings={"do": what, "tune": number})
         case ("fault", on):
             world.fault = "the models folder is gone" if on else None
             world.scans.append(world.now_s)

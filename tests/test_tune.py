@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edged.cli.export import ExportError, edited, export, settings_for
-from edged.cli.tune import budget, plot, setup_text
+from edged.cli.session import Failure, Session
+from edged.cli.tune import _settings_file, budget, plot, setup_text
 from edged.config import parse_model_settings
 
 SETUP = {"runtime": "openvino", "device": "CPU", "threads": 2, "instances": 4, "max_batch_size": 8}
@@ -179,3 +180,43 @@ def test_a_setup_reads_as_a_sentence() -> None:
     assert setup_text({**SETUP, "instances": 1, "threads": 1, "max_batch_size": None}) == (
         "openvino on CPU, 1 thread"
     )
+
+
+class Daemon:
+    """What `edgectl tune` asks before it measures."""
+
+    def __init__(self, models: Path, row: dict[str, Any]) -> None:
+        self._status = {"models_dir": str(models), "models": [{"name": "m", "serving": True, **row}]}
+
+    def server_status(self) -> dict[str, Any]:
+        return self._status
+
+
+def exported_to(models: Path, **row: Any) -> Path:
+    """Where the choice of model `m` would be written."""
+    with Session(endpoint=None, as_json=False, timeout_s=1.0) as session:
+        session._client = Daemon(models, row)  # type: ignore[assignment]  # all of it that is asked here
+        try:
+            return _settings_file(session, "m")
+        finally:
+            session._client = None
+
+
+def test_an_export_goes_to_the_models_own_settings_file(tmp_path: Path) -> None:
+    """The one that it has, else the one that its kind of entry would have."""
+    assert exported_to(tmp_path, settings_file="m.toml") == tmp_path / "m.toml"
+    assert exported_to(tmp_path) == tmp_path / "m.toml"
+    (tmp_path / "m").mkdir()
+    assert exported_to(tmp_path) == tmp_path / "m" / "model.toml"
+    with pytest.raises(Failure, match="does not serve"):
+        exported_to(tmp_path, serving=False)
+
+
+def test_a_bundle_whose_sums_name_its_settings_is_not_written_to(tmp_path: Path) -> None:
+    """It would not pass any more, and the model would be gone."""
+    (tmp_path / "m").mkdir()
+    (tmp_path / "m" / "SHA256SUMS").write_text(f"{'0' * 64}  model.onnx\n")
+    assert exported_to(tmp_path) == tmp_path / "m" / "model.toml"
+    (tmp_path / "m" / "SHA256SUMS").write_text(f"{'0' * 64}  model.onnx\n{'0' * 64}  model.toml\n")
+    with pytest.raises(Failure, match="export it where it is made"):
+        exported_to(tmp_path)

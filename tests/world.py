@@ -482,8 +482,9 @@ class World:
         else:
             worker.loaded.add(instance)
             alone = not self.core.workers.table[worker.id].shared
-            if alone and self.instances > worker.concurrency:
-                worker.concurrency, worker.slots = self.instances, self.instances + 1
+            wanted = max(self.instances, spec["instances"])
+            if alone and wanted > worker.concurrency:
+                worker.concurrency, worker.slots = wanted, wanted + 1
             worker.batch_max[instance] = self.batch_max
             info = info_of(spec, batch_max=self.batch_max, instances=worker.concurrency)
             worker.outbox.append(InstanceLoaded(worker.id, instance, info))

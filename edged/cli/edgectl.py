@@ -388,8 +388,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> int:
-    # While put and wait wait for an update, each single question to the daemon still has to be answered soon.
-    timeout_s = min(args.timeout, _TIMEOUT_S) if args.command in ("put", "wait") else args.timeout
+    # While put, wait and tune wait, each single question to the daemon still has to be answered soon.
+    timeout_s = min(args.timeout, _TIMEOUT_S) if args.command in ("put", "wait", "tune") else args.timeout
     try:
         with Session(endpoint=args.endpoint, as_json=args.json, timeout_s=timeout_s) as session:
             return _handlers()[args.command](session, args)

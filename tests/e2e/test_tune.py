@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from tests import zoo
@@ -74,6 +75,27 @@ def test_a_tuned_model_runs_so_and_will_after_a_restart(tmp_path: Path) -> None:
         daemon.start()
         again = daemon.wait_ready("mlp")
         assert (shape(again), again["choice"]) == (shape(after), "tuned")
+
+
+def test_what_is_remembered_is_what_runs_and_a_strange_record_is_none(tmp_path: Path) -> None:
+    """Instances, threads and batch come back with the daemon; what makes no sense is forgotten."""
+    with running_daemon(tmp_path, models=MLP) as daemon:
+        tune(daemon, "--budget", "100ms", "--yes")
+        for record, want in (
+            ({"threads": 1, "instances": 2, "max_batch_size": 4}, (2, 1, 4, "tuned")),
+            ({"threads": 1, "instances": "many"}, (1, None, None, "default")),
+        ):
+            assert daemon.stop() == 0
+            book = daemon.state / "store" / "choices.json"
+            choices = json.loads(book.read_bytes())
+            (key,) = choices
+            book.write_text(json.dumps({key: {**choices[key], **record}}))
+            daemon.start()
+            row = daemon.wait_ready("mlp")
+            found = row["instances"], row["threads"], row["batch"]["max"], row["choice"]
+            assert all(b in (None, a) for a, b in zip(found, want, strict=True)), row
+            x = np.ones((1, 64), np.float32)
+            assert len(daemon.client.infer("mlp", {"x": x})["y"]) == 1
 
 
 def test_an_export_says_how_the_model_runs_and_nobody_loads_it_again(tmp_path: Path) -> None:
