@@ -601,7 +601,10 @@ class Daemon:
                 self._step(ShutdownAsked())
 
     def _reread(self) -> None:
-        self._notifier.reloading("reading the configuration again")
+        # Before it is ready, or while it stops, READY=1 would say what is not so.
+        told = self._core.state == "ready"
+        if told:
+            self._notifier.reloading("reading the configuration again")
         try:
             config = self._reload()
         except ConfigError as e:
@@ -609,7 +612,8 @@ class Daemon:
             self._notes = ("the new configuration was refused (the journal says why)",)
         else:
             self._take_config(compare(self._config, config))
-        self._heart.ready(self._core, time.monotonic(), self._notes)
+        if told:
+            self._heart.ready(self._core, time.monotonic(), self._notes)
 
     def _take_config(self, found: Reload) -> None:
         config = found.config

@@ -266,6 +266,21 @@ def test_what_can_change_while_it_runs_does(tmp_path: Path) -> None:
         until(lambda: '"worker_started"' in daemon.log(), what="the log tells more")
 
 
+@pytest.mark.slow
+def test_a_hangup_during_the_start_does_not_call_it_ready(tmp_path: Path) -> None:
+    """The settings are read again, and READY waits for the models as before."""
+    with Daemon(tmp_path, {"EDGED_SERVER_STARTUP_WAIT": "10s"}) as daemon:
+        zoo.write(daemon.models / "endless.onnx", zoo.slow(2**40))
+        daemon.spawn()
+        until(lambda: '"server_starting"' in daemon.log(), what="it takes signals")
+        daemon.signal(signal.SIGHUP)
+        until(lambda: '"config_reloaded"' in daemon.log(), what="it has read them")
+        ready = daemon.heard("READY")
+        assert not [notice for notice in daemon.notices if "RELOADING" in notice]
+        assert [notice for notice in daemon.notices if "EXTEND_TIMEOUT_USEC" in notice]
+        assert ready["STATUS"].startswith("0 of 1 model ready; 1 loading")
+
+
 # ---------------------------------------------------------------------- notices
 
 
