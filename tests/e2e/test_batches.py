@@ -29,7 +29,7 @@ def moody() -> onnx.ModelProto:
     """`x` FP32 [N,4] → `y`, twice `x`: rows stand alone, but what stands in them decides about the run.
 
     The largest of the first column is how often a loop goes round, the second column indexes a table of ten
-    rows, beyond which the run fails.
+    rows, beyond which the run fails. A -8 in the third ends the process.
     """
     body = helper.make_graph(
         [
@@ -50,7 +50,9 @@ def moody() -> onnx.ModelProto:
     constants = {
         "first": np.array([0], np.int64),
         "second": np.array([1], np.int64),
-        "one": np.array(1, np.int64),
+        "third": np.array([2], np.int64),
+        "seven": np.array([7], np.int64),
+        "least": np.array([zoo.INT64_MIN]),
         "true": np.array(True),
         "zero": np.zeros(1, np.float32),
         "two": np.array([2], np.float32),
@@ -67,7 +69,14 @@ def moody() -> onnx.ModelProto:
         helper.make_node("Gather", ["table", "flat"], ["entry"], axis=0),
         helper.make_node("Mul", ["x", "two"], ["twice"]),
         helper.make_node("Add", ["twice", "nothing"], ["later"]),
-        helper.make_node("Add", ["later", "entry"], ["y"]),
+        helper.make_node("Gather", ["x", "third"], ["divisor_of"], axis=1),
+        helper.make_node("Cast", ["divisor_of"], ["whole"], to=TensorProto.INT64),
+        helper.make_node("Add", ["whole", "seven"], ["divisor"]),
+        helper.make_node("Div", ["least", "divisor"], ["quotient"]),
+        helper.make_node("Cast", ["quotient"], ["much"], to=TensorProto.FLOAT),
+        helper.make_node("Mul", ["much", "zero"], ["little"]),
+        helper.make_node("Add", ["later", "entry"], ["latest"]),
+        helper.make_node("Add", ["latest", "little"], ["y"]),
     ]
     constants["one_axis"] = np.array([1], np.int64)
     graph = helper.make_graph(
@@ -255,6 +264,19 @@ def test_a_bad_row_of_a_batch_fails_alone(daemon: Daemon) -> None:
     assert "error" in bad, bad
     assert "error" not in good, good
     assert good["parameters"]["batch_size"] == 1
+
+
+def test_a_row_that_ends_the_worker_takes_no_neighbour_along(daemon: Daemon) -> None:
+    """Both are run again by themselves, and only the deadly one is told of a crash."""
+    with Occupied(daemon) as occupied, daemon.raw() as one, daemon.raw() as other:
+        one.send(moody_request("good", rows([0, 1, 2, 3])))
+        other.send(moody_request("deadly", rows([0, 0, -8, 0])))
+        occupied.free(waiting=2)
+        good, dead = one.receive()[0], other.receive()[0]
+    assert code_of(dead) == ("UNAVAILABLE", "WORKER_CRASHED")
+    assert "error" not in good, good
+    assert good["parameters"]["batch_size"] == 1
+    assert daemon.wait_ready("moody")["restarts"] >= 2
 
 
 def test_leased_and_framed_rows_share_a_run(daemon: Daemon) -> None:
