@@ -209,7 +209,7 @@ def _counters(page: _Page, counted: ModelStatistics, labels: dict[str, str]) -> 
     page.add("edged_model_inferences_total", counted.inference_count, labels)
     page.add("edged_model_executions_total", counted.execution_count, labels)
     for result in ("hit", "miss"):
-        page.add("edged_model_cache_total", sums.get(f"cache_{result}", [0])[0], {**labels, "result": result})
+        page.add("edged_model_cache_total", sums[f"cache_{result}"][0], {**labels, "result": result})
     for outcome, kind in (("failed", "fail"), ("cancelled", "cancel"), ("refused", "reject")):
         page.add("edged_model_errors_total", sums[kind][0], {**labels, "outcome": outcome})
     page.add("edged_model_queue_seconds_total", sums["queue"][1] / 1e9, labels)

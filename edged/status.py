@@ -33,8 +33,9 @@ EXTENSIONS = ("statistics", "model_repository", "cancel", "events", "logging", "
 STATUS_S = 2.0
 """How often the status line may change."""
 
-RATE_S, RATE_MOVES = 10.0, 0.2
-"""Over how long requests per second are taken, and the share by which they must move to be told anew."""
+RATE_S, RATE_MOVES, RATE_MIN = 10.0, 0.2, 1.0
+"""Over how long requests per second are taken, the share by which they must move to be told anew, and what is
+left untold: with a request now and then the line would come and go."""
 
 
 def server_metadata(core: Core) -> dict[str, Any]:
@@ -325,7 +326,7 @@ def _figure(rate_per_s: float) -> str:
     if rate_per_s >= 100:
         digits = len(str(int(rate_per_s))) - 2
         return str(round(rate_per_s / 10**digits) * 10**digits)
-    return f"{rate_per_s:.2g}" if rate_per_s >= 1 else "<1"
+    return f"{rate_per_s:.2g}"
 
 
 class StatusLine:
@@ -370,5 +371,7 @@ class StatusLine:
         rate = (inferences - self._counted) / since_s
         self._counted, self._counted_s = inferences, now_s
         shown = self._rate_per_s
-        if abs(rate - shown) > RATE_MOVES * shown or not rate:
+        if rate < RATE_MIN:
+            self._rate_per_s = 0.0
+        elif abs(rate - shown) > RATE_MOVES * shown:
             self._rate_per_s = rate

@@ -137,6 +137,19 @@ def test_requests_per_second_are_told_when_they_move(manager: Manager) -> None:
         assert len(told) <= 2
 
 
+def test_a_request_now_and_then_changes_nothing(manager: Manager) -> None:
+    """One every fifteen seconds: the line stays, and systemd sleeps."""
+    world = serving("m")
+    with Notifier(manager.environ) as notifier:
+        heart = Heartbeat(notifier)
+        beat(heart, world)
+        for _ in range(8):
+            manager.heard()
+            answer(world, 1)
+            pass_time(heart, world, 15)
+            assert not [n for n in manager.heard() if "STATUS" in n]
+
+
 def test_pressure_is_told_by_its_level(manager: Manager) -> None:
     """The sentence with which it began stays, since its figures change with every look."""
     world = serving("m")

@@ -73,6 +73,9 @@ def test_a_model_that_serves_is_told_with_all_its_figures() -> None:
     assert value(found, "edged_model_latency_seconds_bucket", **m, le="+Inf") == 2
     assert value(found, "edged_model_batch_rows_sum", **m) == 2
     assert value(found, "edged_model_batch_rows_bucket", **m, le="1") == 2
+    assert value(found, "edged_model_cache_total", **m, result="hit") == 0
+    world.serving().stats.hit(rows=1, total_ns=1000, epoch_ms=1)
+    assert value(page(world), "edged_model_cache_total", **m, result="hit") == 1
     assert value(found, "edged_model_queue_length", **m) == 0
     assert value(found, "edged_model_fallback", **m) == 0
     assert value(found, "edged_log_dropped_total") == 3
