@@ -169,6 +169,21 @@ def test_a_healthy_machine_has_nothing_but_ok_in_every_area() -> None:
 CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     # the daemon's own word
     ("fail", "no daemon answers", "systemctl start edged", {"daemon": Daemon(reason="DAEMON_NOT_RUNNING")}),
+    (
+        "fail",
+        "no daemon answers",
+        "edgectl logs",
+        {
+            "daemon": Daemon(reason="DAEMON_NOT_RUNNING"),
+            "unit": unit(ActiveState="failed", Result="exit-code"),
+        },
+    ),
+    (
+        "warn",
+        "camera may not ask the daemon",
+        "sudo edgectl doctor",
+        {"daemon": Daemon(error="no", reason="SOCKET_PERMISSION"), "caller": CAMERA},
+    ),
     ("fail", "no answer: stuck", "edgectl logs", {"daemon": Daemon(error="stuck", reason="CONNECTION_LOST")}),
     (
         "note",
@@ -309,8 +324,17 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     (
         "fail",
         "where the group edged-admin should have it",
-        "usermod -aG edged-admin edged",
+        "systemctl restart edged.service",
         {"sockets": sockets(admin={"node": node("/run/edged/admin.sock", 0o600)})},
+    ),
+    (
+        "fail",
+        "where the group edged-admin should have it",
+        "usermod -aG edged-admin edged && systemctl restart",
+        {
+            "sockets": sockets(admin={"node": node("/run/edged/admin.sock", 0o600)}),
+            "service": replace(SERVICE, groups=("edged",)),
+        },
     ),
     (
         "note",

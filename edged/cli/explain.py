@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from edged.catalog import CATALOG
+from edged.cli.health.words import times
 from edged.cli.session import EXIT_FAILED, EXIT_OK, Session
 from edged.cli.tables import bytes_text, clean, duration_text, micros_text, paint
 from edged.cli.waiting import reason_of
@@ -274,13 +275,13 @@ def _running(row: _Row) -> Iterator[str]:
         text += f"; p50 {micros_text(row['p50_us'])}, p99 {micros_text(row.get('p99_us'))} with the queue"
     yield f"{text}; {row.get('queue') or 0} waiting, {row.get('in_flight') or 0} running"
     if row.get("restarts"):
-        yield f"its worker was started again {row['restarts']} times"
+        yield f"its worker was started again {times(row['restarts'])}"
 
 
 def _batch_text(what: str, batch: Mapping[str, Any]) -> str:
-    times = ", ".join(f"{rows}: {micros_text(us)}" for rows, us in batch.get("times_us") or ())
+    sizes = ", ".join(f"{rows}: {micros_text(us)}" for rows, us in batch.get("times_us") or ())
     return (
-        what + (f": {batch['why']}" if batch.get("why") else "") + (f" (rows: time {times})" if times else "")
+        what + (f": {batch['why']}" if batch.get("why") else "") + (f" (rows: time {sizes})" if sizes else "")
     )
 
 

@@ -58,9 +58,14 @@ def logs(session: Session, args: argparse.Namespace) -> int:
         raise Failure(f"journalctl is not installed here; elsewhere one would type: {shlex.join(command)}")
     sys.stdout.flush()
     try:
-        return subprocess.run(command, check=False).returncode
+        code = subprocess.run(command, check=False).returncode
     except KeyboardInterrupt:
         return EXIT_OK
+    if code != 0 and os.getuid() != 0 and not user:
+        session.note(
+            "the system's journal: `sudo edgectl logs`, or once `sudo usermod -aG systemd-journal $USER`"
+        )
+    return code
 
 
 def journal_command(

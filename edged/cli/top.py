@@ -322,7 +322,8 @@ def shoot(session: Session) -> Shot:
             status = session.client.server_status(timeout=timeout_s)
         except PermissionDenied as e:
             partly = e.message
-            status = {"instance_id": session.client.server_metadata(timeout=timeout_s).get("instance_id")}
+            metadata = session.client.server_metadata(timeout=timeout_s)
+            status = {key: metadata.get(key) for key in ("instance_id", "version")}
     except EdgedError as e:
         return Shot(time.monotonic(), away=e.message)
     return Shot(time.monotonic(), status, statistics, partly=partly)

@@ -14,7 +14,7 @@ from typing import Any
 
 from edged.cli.health import folders, hardware
 from edged.cli.health.facts import Facts, Node
-from edged.cli.health.words import Rows, install, quoted, restart
+from edged.cli.health.words import Rows, install, quoted, restart, times
 
 __all__ = ["LEVELS", "Finding", "examine", "worst"]
 
@@ -31,6 +31,7 @@ _EXIT_TEXTS = {
     "69": "a library that it needs is not installed",
     "78": "a setting is wrong",
 }
+_LOGS = "edgectl logs -n 50"
 _DESCRIPTORS_MIN = 4096
 """Each app has some; libzmq ends the process at the first connection without one."""
 _SOCKET_GROUPS = {
@@ -82,10 +83,15 @@ def _daemon(facts: Facts) -> Rows:
             f"sudo usermod -aG edged-admin {facts.caller.name}",
         )
     elif facts.daemon.reason == "DAEMON_NOT_RUNNING":
-        start = "systemctl start edged" if facts.unit.known else "edged --models DIR"
-        yield "fail", "no daemon answers", start
+        start = f"systemctl start {facts.unit.name}" if facts.unit.known else "edged --models DIR"
+        failed = facts.unit.properties.get("ActiveState") == "failed"
+        yield "fail", "no daemon answers", _LOGS if failed else start
+    elif facts.daemon.reason == "SOCKET_PERMISSION":
+        # It is who asks that is kept out: nothing is wrong with the daemon, as far as can be seen.
+        text = f"{facts.caller.name} may not ask the daemon, so it and its models were not checked"
+        yield "warn", text, "sudo edgectl doctor"
     else:
-        yield "fail", f"the daemon gives no answer: {facts.daemon.error}", _journal(facts)
+        yield "fail", f"the daemon gives no answer: {facts.daemon.error}", f"{_LOGS}; {restart(facts)}"
     if process is not None and process.open_files_max is not None:
         few = process.open_files_max < _DESCRIPTORS_MIN
         text = f"the daemon may open {process.open_files_max} files"
@@ -116,16 +122,12 @@ def _daemons_own_word(facts: Facts, status: Any) -> Rows:
             text = f"{row.get('name')} runs on {row.get('device')}: {row['fallback_reason']}"
             yield "warn", text, f"edgectl explain {quoted(row.get('name'))}"
         if int(row.get("restarts") or 0) > 0:
-            text = f"{row.get('name')} was started again {row['restarts']} times since it was loaded"
+            text = f"{row.get('name')} was started again {times(row['restarts'])} since it was loaded"
             yield "warn", text, f"edgectl explain {quoted(row.get('name'))}"
     level = (status.get("resources") or {}).get("level", "OK")
     if level != "OK":
         reasons = "; ".join((status.get("resources") or {}).get("reasons") or ())
         yield "warn", f"the daemon is short of a resource ({level}): {reasons}", "edgectl top"
-
-
-def _journal(facts: Facts) -> str:
-    return "edgectl logs -n 50"
 
 
 def _unit(facts: Facts) -> Rows:
@@ -146,14 +148,14 @@ def _unit(facts: Facts) -> Rows:
         why = f"{result}, exit status {status}" if status not in ("", "0") else result
         if status in _EXIT_TEXTS:
             why += f": {_EXIT_TEXTS[status]}"
-        yield "fail", f"{state}: {why}", f"{_journal(facts)}; systemctl restart {unit.name}"
+        yield "fail", f"{state}: {why}", f"{_LOGS}; systemctl restart {unit.name}"
     elif active in ("activating", "deactivating", "reloading"):
         yield "warn", state, f"systemctl status {unit.name}"
     else:
         yield "fail", state, f"systemctl start {unit.name}"
     restarts = said.get("NRestarts", "0")
     if restarts not in ("0", ""):
-        yield "warn", f"systemd has started it again {restarts} times", "edgectl logs -n 200"
+        yield "warn", f"systemd has started it again {times(restarts)}", "edgectl logs -n 200"
     if said.get("NeedDaemonReload") == "yes":
         yield "warn", "its unit file has changed since systemd read it", "systemctl daemon-reload"
     if said.get("UnitFileState") == "disabled":
@@ -278,7 +280,8 @@ def _socket(facts: Facts, name: str, node: Node, answer: str) -> Rows:
     group = _SOCKET_GROUPS[name]
     if facts.system and (node.group != group or node.mode & 0o060 != 0o060) and answer != "refused":
         text = f"{shown}, where the group {group} should have it: only {node.owner} can use it"
-        fix = f"usermod -aG {group} {facts.service_name} && {restart(facts)}"
+        joined = facts.service is not None and group in facts.service.groups
+        fix = restart(facts) if joined else f"usermod -aG {group} {facts.service_name} && {restart(facts)}"
         yield "fail", text, fix
         return
     if answer == "denied":

@@ -6,7 +6,7 @@ Pure. Device nodes count when inference opens them; drivers are judged against t
 from __future__ import annotations
 
 from edged.cli.health.facts import READ, WRITE, Facts, Node, may
-from edged.cli.health.words import Rows, install, restart
+from edged.cli.health.words import Rows, install, restart, times
 from edged.cli.tables import bytes_text
 
 __all__ = ["clock", "devices", "drivers", "heat", "inotify", "memory"]
@@ -270,7 +270,7 @@ def heat(facts: Facts) -> Rows:
             yield "ok", "the firmware reports no throttling", ""
     if seen.throttle_count:
         told = True
-        text = f"the processor was throttled {seen.throttle_count} times since it was switched on"
+        text = f"the processor was throttled {times(seen.throttle_count)} since it was switched on"
         yield "note", text, "edgectl top"
     if seen.cooling_now:
         told = True

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 
 from edged.cli.health.facts import Facts
 
-__all__ = ["NAMED_MAX", "Rows", "are", "install", "names_text", "quoted", "restart"]
+__all__ = ["NAMED_MAX", "Rows", "are", "install", "names_text", "quoted", "restart", "times"]
 
 Rows = Iterator[tuple[str, str, str]]
 """What a check yields for each thing that it looked at: a level, a sentence, and what to type."""
@@ -56,3 +56,8 @@ def names_text(names: list[str]) -> str:
 def are(names: list[str]) -> str:
     """The verb for so many names."""
     return "is" if len(names) == 1 else "are"
+
+
+def times(count: object) -> str:
+    """How often."""
+    return "once" if str(count) == "1" else f"{count} times"
