@@ -12,6 +12,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from edged.catalog import CATALOG
+
 __all__ = ["HAPPENINGS_MAX", "MODELS_MAX", "Happening", "Happenings"]
 
 HAPPENINGS_MAX = 24
@@ -44,9 +46,11 @@ class Happenings:
         self._models: dict[str, deque[Happening]] = {}
 
     def note(self, kind: str, fields: Mapping[str, Any], time_s: float) -> None:
-        """Takes a line of the log; one without MODEL is about no model."""
+        """Takes a line of the log; one without MODEL is about no model. What is only told to whoever debugs
+        is left out: it would push out what matters."""
         name = fields.get("MODEL")
-        if not isinstance(name, str):
+        event = CATALOG.get(kind)
+        if not isinstance(name, str) or (event is not None and event.level == "debug"):
             return
         # Taken out and put in again: the name that was silent for longest is the first to be forgotten.
         lines = self._models.pop(name, None)

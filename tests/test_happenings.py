@@ -30,6 +30,16 @@ def test_a_line_about_no_model_is_about_none() -> None:
     assert kept.of("/models") == ()
 
 
+def test_what_is_only_for_debugging_is_not_kept() -> None:
+    """A worker that starts and ends as it should is no news of its model."""
+    kept = Happenings()
+    kept.note("worker_started", {"MODEL": "m"}, 0.0)
+    kept.note("worker_exited", {"MODEL": "m"}, 1.0)
+    assert kept.of("m") == ()
+    kept.note("of_the_future", {"MODEL": "m"}, 2.0)
+    assert len(kept.of("m")) == 1
+
+
 def test_names_without_end_take_no_memory_without_end() -> None:
     """The model that was silent for longest is forgotten, not the one that is talked about."""
     kept = Happenings()
