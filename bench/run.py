@@ -11,11 +11,12 @@ import datetime
 import importlib
 import sys
 import time
+import traceback
 from collections.abc import Sequence
 
 from bench.harness import ROOT
 from bench.load import FULL, QUICK
-from bench.report import Section, machine, table
+from bench.report import Claim, Section, machine, table
 
 __all__ = ["NAMES", "document", "main"]
 
@@ -43,7 +44,14 @@ def main(arguments: Sequence[str]) -> int:
     began = time.monotonic()
     for name in names or NAMES:
         module = importlib.import_module(f"bench.{name}")
-        sections.append(module.measure(_say, QUICK if quick else FULL))
+        try:
+            sections.append(module.measure(_say, QUICK if quick else FULL))
+        except Exception as e:  # noqa: BLE001 - the others' figures are not lost for it, and it is told
+            traceback.print_exc()
+            failed = Claim(
+                f"the benchmark `{name}`", "runs to its end", f"{type(e).__name__}: {e}"[:300], False
+            )
+            sections.append(Section(name, f"python -m bench.{name}", "No figures: it failed.", (failed,)))
         print(sections[-1].markdown(), flush=True)
         _say(f"{name}: done, {time.monotonic() - began:.0f} s since the start")
     if not names and not quick:

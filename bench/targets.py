@@ -13,10 +13,10 @@ import http.client
 import json
 import os
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # only effective before a runtime's import
 import msgpack
@@ -28,6 +28,8 @@ from edged import Client
 from edged.runtimes.base import LoadCancel, LoadRequest, create_runtime
 
 __all__ = ["TIMEOUT_S", "Target", "dealer", "frames_of", "input_of", "opened"]
+
+Answer = TypeVar("Answer")
 
 TIMEOUT_S = 60.0
 """Of each request: a benchmark ends, whatever happens to who is asked."""
@@ -204,13 +206,31 @@ def _http(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask
     lines = [f"POST /{target.path.format(model=target.model)} HTTP/1.1", "Host: localhost"]
     lines += [f"{name}: {value}" for name, value in headers.items()] + [f"Content-Length: {len(body)}"]
     request = "\r\n".join([*lines, "", ""]).encode() + body
-    sock = stack.enter_context(_connected(target.endpoint))
+    connection = _Kept(stack, target.endpoint)
 
-    def ask() -> bytes:
+    def ask(sock: socket.socket) -> bytes:
         sock.sendall(request)
         return _read_response(sock)
 
-    return ask
+    return lambda: connection.asked(ask)
+
+
+class _Kept:
+    """A connection that is kept, and made anew when the server has ended it: many end one that idles."""
+
+    def __init__(self, stack: contextlib.ExitStack, endpoint: str) -> None:
+        self._stack = stack
+        self._endpoint = endpoint
+        self._sock = stack.enter_context(_connected(endpoint))
+
+    def asked(self, ask: Callable[[socket.socket], Answer]) -> Answer:
+        """One request over it; over a new one when the old one turns out to be ended."""
+        try:
+            return ask(self._sock)
+        except (ConnectionError, http.client.BadStatusLine):
+            self._sock.close()
+            self._sock = self._stack.enter_context(_connected(self._endpoint))
+            return ask(self._sock)
 
 
 def _connected(endpoint: str) -> socket.socket:
@@ -286,11 +306,14 @@ def _varint(value: int) -> bytes:
 
 def _post(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask:
     """As an app in Python would do it that wants to be quick: what it has and what it gets are arrays."""
+    kept = _Kept(stack, target.endpoint)
     connection = http.client.HTTPConnection("localhost", timeout=TIMEOUT_S)
-    connection.sock = stack.enter_context(_connected(target.endpoint))
     path = f"/{target.path.format(model=target.model)}"
 
-    def ask() -> np.ndarray:
+    def ask(sock: socket.socket) -> np.ndarray:
+        if connection.sock is not sock:
+            connection.close()
+            connection.sock = sock
         headers, body = _http_body(target, array)
         connection.request("POST", path, body, headers)
         response = connection.getresponse()
@@ -299,7 +322,7 @@ def _post(stack: contextlib.ExitStack, target: Target, array: np.ndarray) -> Ask
             raise RuntimeError(f"unexpected answer: {response.status} {answer[:200]!r}")
         return np.frombuffer(answer, np.uint8)
 
-    return ask
+    return lambda: kept.asked(ask)
 
 
 def _read_response(sock: socket.socket) -> bytes:
@@ -308,7 +331,7 @@ def _read_response(sock: socket.socket) -> bytes:
     while (end := data.find(b"\r\n\r\n")) < 0:
         more = sock.recv(65536)
         if not more:
-            raise RuntimeError("the server hung up")
+            raise ConnectionResetError("the server hung up")
         data += more
     head = data[:end].lower()
     at = head.find(b"content-length:")
@@ -319,6 +342,6 @@ def _read_response(sock: socket.socket) -> bytes:
     while len(body) < length:
         more = sock.recv(65536)
         if not more:
-            raise RuntimeError("the server hung up")
+            raise ConnectionResetError("the server hung up")
         body += more
     return body

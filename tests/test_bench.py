@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import socket
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack
@@ -219,6 +220,30 @@ def test_figures_are_held_against_the_better_way_to_the_yardstick() -> None:
         {"edged": 90.0, "FastAPI, unix": 30.0, "FastAPI, tcp": 45.0},
     )
     assert measured.over("edged") == (0.5, 3.0, 2.0)
+
+
+@pytest.mark.parametrize("way", ["http", "post"])
+def test_connection_that_the_server_ended_is_made_anew(way: str, tmp_path: Path) -> None:
+    """A server that ends idle connections costs a new one, and no answer."""
+    answer = b"HTTP/1.1 200 OK\r\nContent-Length: 4\r\n\r\nabcd"
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as listener:
+        listener.bind(str(tmp_path / "s"))
+        listener.listen()
+
+        def serve() -> None:
+            for _ in range(3):
+                connection, _ = listener.accept()
+                with connection:
+                    request = b""
+                    while len(request.partition(b"\r\n\r\n")[2]) < 256:  # of the body, which may come apart
+                        request += connection.recv(65536)
+                    connection.sendall(answer)
+
+        server = threading.Thread(target=serve)
+        server.start()
+        with opened(Target(way, f"unix:{tmp_path}/s", "m")) as ask:
+            assert [bytes(ask()) for _ in range(3)] == [b"abcd"] * 3  # type: ignore[call-overload]  # bytes-like
+        server.join()
 
 
 @pytest.mark.e2e
