@@ -100,7 +100,8 @@ class LaneLink(Exchange):
         return True
 
     def _drain(self) -> None:
-        # With nothing in flight nothing is to come, but the end; that is found out when it matters.
+        # With nothing in flight nothing is to come but the end, which the next `_send` finds out, and late
+        # replies, which the next request's wait takes before they can fill the socket.
         while self._pendings and self.state is not LinkState.LOST:
             try:
                 packet = self._socket.recv(_PACKET_BYTES_MAX, unix.MSG_DONTWAIT)

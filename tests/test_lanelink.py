@@ -33,6 +33,8 @@ class LanePeer(Peer):
     def __init__(self, directory: Path) -> None:
         self.mode = ""
         self.by_lane: list[dict[str, Any]] = []
+        self.awake = threading.Event()
+        """Until then it reads nothing, where its mode is to sleep."""
         self.lane_path = directory / "lease.sock"
         self.connections: list[unix.socket] = []
         self._going: list[threading.Thread] = []
@@ -65,6 +67,9 @@ class LanePeer(Peer):
 
     def _serve_lane(self, connection: unix.socket) -> None:
         kept: list[dict[str, Any]] = []
+        if self.mode == "sleeps":
+            connection.setsockopt(unix.SOL_SOCKET, unix.SO_SNDBUF, PACKET_BYTES_MAX)
+            assert self.awake.wait(10)
         with contextlib.suppress(OSError):
             while packet := connection.recv(PACKET_BYTES_MAX):
                 request = msgpack.unpackb(packet)
@@ -227,6 +232,21 @@ def test_a_deadline_passes(client: Client, peer: LanePeer, mode: str) -> None:
         double(client, timeout=0.05)
     peer.mode = ""
     assert double(client, 3) == 6
+
+
+def test_late_replies_do_not_stop_the_lane_up(client: Client, peer: LanePeer) -> None:
+    """A peer that reads no more until its replies are taken is relieved of those that came too late."""
+    peer.mode = "sleeps"
+    large = {f"x{at}": np.zeros(4096, np.float32) for at in range(3)}
+    reasons = set()
+    for _ in range(20):
+        with pytest.raises(errors.DeadlineExceeded) as caught:
+            client.infer("double", large, timeout=0.02)
+        reasons.add(caught.value.reason)
+    assert reasons == {"CLIENT_DEADLINE", "SOCKET_FULL"}
+    peer.awake.set()
+    assert double(client, 3) == 6
+    assert not peer.seen
 
 
 def test_a_connection_that_is_lost_is_made_anew(client: Client, peer: LanePeer) -> None:
