@@ -65,6 +65,20 @@ class Batch:
     times_us: tuple[tuple[int, float], ...]
     why: str
 
+    @classmethod
+    def from_wire(cls, wire: object) -> Batch | None:
+        """As the supervisor remembers it; None for what is no result of `explore`."""
+        if not isinstance(wire, Mapping):
+            return None
+        most, times, why = wire.get("max"), wire.get("times_us"), wire.get("why")
+        try:
+            rows = tuple((int(rows), float(us)) for rows, us in times)  # type: ignore[union-attr]  # tried
+        except (TypeError, ValueError):
+            return None
+        if type(most) is not int or not 1 <= most <= SIZES[-1] or not rows or not isinstance(why, str):
+            return None
+        return cls(most, rows, why)
+
     def to_wire(self) -> dict[str, Any]:
         """As the supervisor is told."""
         return {"max": self.max, "times_us": [list(t) for t in self.times_us], "why": self.why}

@@ -416,7 +416,7 @@ class Chooser:
             "reason": tune.reason,
             "elapsed_s": round(now_s - tune.started_s, 3),
             "budget_s": tune.budget_s,
-            "setup": None if setup is None else setup.to_wire(),
+            **({} if setup is None else setup.to_wire()),
         }
         self._around.emit(Publish("model.tune", payload))
 

@@ -12,7 +12,7 @@ Pure data with its own small questions. The words:
 from __future__ import annotations
 
 import enum
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -199,6 +199,8 @@ class Instance:
     """Rows of different requests that may share a run; 1 where they must not."""
     proving: int | None = None
     """The worker that has loaded it and tries batches."""
+    record: Mapping[str, Any] = field(default_factory=dict)
+    """What is remembered of its content on this machine: the choice, and what was proved about batches."""
     never_batched: str = ""
     """Why batches are not tried any more."""
     hold_s: float = 0.0

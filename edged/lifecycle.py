@@ -222,6 +222,7 @@ class Lifecycle:
         if instance is None or instance.state is not InstanceState.PREPARING:
             return
         if choice is not None:
+            instance.record = choice
             self._placement.recall(instance, choice)
         self._start_load(instance, now_s)
 
@@ -233,7 +234,9 @@ class Lifecycle:
         worker = self._workers.enter(instance, candidate)
         fields = {**instance.log_fields(), "RUNTIME": candidate.runtime, "DEVICE": candidate.device}
         self._around.emit(Log("model_loading", fields))
-        self._workers.load(instance, worker)
+        # At the start many load at once, which takes longest and is the worst moment to time anything.
+        known = None if self.ready else self._placement.known_batch(instance, self._setup(instance))
+        self._workers.load(instance, worker, known)
         self._around.emit(instance.event())
 
     def on_proving(self, worker_id: int, instance_id: int) -> None:
@@ -248,6 +251,7 @@ class Lifecycle:
         if instance is None or instance.state is not InstanceState.LOADING:
             return
         instance.learn(info)
+        self._placement.note_batch(instance, self._setup(instance))
         instance.due_s = None
         instance.ready_s = now_s
         instance.move(InstanceState.READY, "", self._workers.remark(instance))

@@ -24,6 +24,9 @@ PROBE_WAIT_S = 2.0
 _LASTING = frozenset({"absent", "not_installed"})
 """Verdicts on what is not there. The others may pass by themselves, and are never relied upon."""
 
+_BATCHES_MAX = 8
+"""Setups of one content whose proofs are kept: more than a model is moved between."""
+
 _MAY_BE_THE_DEVICE = ("DEVICE_FAILED", "WORKER_CRASHED", "MODEL_LOAD_TIMEOUT")
 
 
@@ -165,8 +168,40 @@ class Placement:
     def remember(self, instance: Instance, setup: Setup, source: str) -> None:
         """Keeps a choice, how it came about, and among what it was made."""
         compared = {str(c): version for c, version in self._working()}
-        choice = {**setup.to_wire(), "compared": compared, "source": source}
-        self._around.emit(RememberChoice(self.choice_key(instance), choice))
+        self._keep(instance, {**setup.to_wire(), "compared": compared, "source": source})
+
+    def _keep(self, instance: Instance, changes: Mapping[str, Any]) -> None:
+        instance.record = {**instance.record, **changes}
+        self._around.emit(RememberChoice(self.choice_key(instance), dict(instance.record)))
+
+    def note_batch(self, instance: Instance, setup: Setup) -> None:
+        """Keeps what a load has found out about batches, so that the next one need not prove it again."""
+        batch = instance.info.get("batch")
+        if setup.max_batch or instance.never_batched or not isinstance(batch, Mapping):
+            return
+        key, known = self._batch_key(instance, setup), self._batches(instance)
+        # That rows gain nothing together is no proof but a measurement: the next load may see it otherwise.
+        if batch.get("max", 1) == 1 or not batch.get("times_us") or known.get(key) == batch:
+            return
+        rest = [(k, each) for k, each in known.items() if k != key]
+        self._keep(instance, {"batches": {**dict(rest[-(_BATCHES_MAX - 1) :]), key: dict(batch)}})
+
+    def known_batch(self, instance: Instance, setup: Setup) -> Mapping[str, Any] | None:
+        """What was proved about this very content, run so, by this version of its runtime."""
+        if setup.max_batch:
+            return None  # it was asked for, or tuned: then each load proves it
+        found = self._batches(instance).get(self._batch_key(instance, setup))
+        return found if isinstance(found, Mapping) else None
+
+    @staticmethod
+    def _batches(instance: Instance) -> Mapping[str, Any]:
+        found = instance.record.get("batches")
+        return found if isinstance(found, Mapping) else {}
+
+    def _batch_key(self, instance: Instance, setup: Setup) -> str:
+        verdict = self.verdicts.get(setup.candidate)
+        version = "" if verdict is None else verdict.runtime_version
+        return f"{setup} {version} {instance.settings.sha256()[:16]}"
 
     def recall(self, instance: Instance, choice: Mapping[str, Any]) -> None:
         """Has an instance run as was remembered, where its owner leaves that open and it still holds."""

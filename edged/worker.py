@@ -316,6 +316,9 @@ def _find_batch(
     alone = () if warm.us is None else ((1, round(warm.us, 1)),)
     if wanted == 1:
         return batching.Batch(1, alone, "max_batch_size is 1")
+    known = batching.Batch.from_wire(settings.get("known_batch"))
+    if known is not None and wanted is None:
+        return known
     if warm.note:
         why = warm.note
     else:

@@ -89,8 +89,8 @@ class Workers:
 
     # ------------------------------------------------------------------ what they are told
 
-    def load(self, instance: Instance, worker: Worker) -> None:
-        """Tells a worker to load the instance that has entered it."""
+    def load(self, instance: Instance, worker: Worker, known_batch: Mapping[str, Any] | None) -> None:
+        """Tells a worker to load the instance that has entered it, and what it need not prove again."""
         spec = {
             **self._what(instance),
             **self._where(self.setup_of(instance, instance.plan[0]), instance.settings),
@@ -99,6 +99,8 @@ class Workers:
         }
         if instance.never_batched:
             spec["max_batch_size"] = 1
+        elif known_batch is not None:
+            spec["known_batch"] = known_batch
         self._around.emit(LoadInstance(worker.id, instance.id, spec))
 
     def measure_spec(

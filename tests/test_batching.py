@@ -261,3 +261,34 @@ def test_the_wire_form() -> None:
         "times_us": [[1, 2.5], [4, 5.0]],
         "why": "because",
     }
+
+
+def test_what_is_remembered_is_not_proved_again(spawner: Spawner, tmp_path: Path) -> None:
+    """The load says it as it was told; what is none of ours, or a size of the owner's, is proved as ever."""
+    path = zoo.write(tmp_path / "a.onnx", zoo.mlp())
+    known = {"max": 32, "times_us": [[1, 77.0], [32, 770.0]], "why": "as remembered"}
+    with Handle(spawner, "onnxruntime") as worker:
+        assert worker.load(path, known_batch=known)[2]["batch"] == known
+        assert worker.load(path, instance=2, known_batch={"max": 9000})[2]["batch"]["times_us"][0][1] != 77.0
+        loaded = worker.load(path, instance=3, known_batch=known, max_batch_size=4)
+        assert loaded[2]["batch"]["max"] == 4
+
+
+@pytest.mark.parametrize(
+    "wire",
+    [
+        None,
+        [],
+        {},
+        {"max": True, "times_us": [[1, 2.0]], "why": ""},
+        {"max": 4, "times_us": [], "why": ""},
+        {"max": 4, "times_us": [[1]], "why": ""},
+        {"max": 4, "times_us": 3, "why": ""},
+        {"max": 4, "times_us": [[1, 2.0]], "why": 4},
+        {"max": 0, "times_us": [[1, 2.0]], "why": ""},
+    ],
+    ids=repr,
+)
+def test_a_record_of_another_shape_is_no_batch(wire: object) -> None:
+    """The supervisor's book may be damaged."""
+    assert Batch.from_wire(wire) is None

@@ -23,7 +23,12 @@ def idle_world(**settings: Any) -> World:
 
 def remembered(world: World) -> list[str]:
     """The runtimes that were remembered."""
-    return [e.choice["runtime"] for e in world.effects if isinstance(e, RememberChoice)]
+    return [c["runtime"] for c in choices(world)]
+
+
+def choices(world: World) -> list[dict[str, Any]]:
+    """The choices that were remembered; not what was learnt about batches."""
+    return [e.choice for e in world.effects if isinstance(e, RememberChoice) and "runtime" in e.choice]
 
 
 FASTER = {"reference_p50_us": 1000.0, "candidate_p50_us": 500.0, "agrees": True, "proven": True, "why": ""}
@@ -190,7 +195,7 @@ def test_open_instances_are_measured_when_nobody_asks_and_taken_by_a_swap() -> N
     assert world.serving().candidate == CPU
     assert world.serving().choice == "measured"
     assert loaded(world) == (4, 1)
-    (choice,) = [e.choice for e in world.effects if isinstance(e, RememberChoice)]
+    (choice,) = choices(world)
     assert (choice["instances"], choice["threads"], choice["source"]) == (4, 1, "measured")
     world.pass_time(100.0)
     assert not world.measures
@@ -293,7 +298,7 @@ def test_an_owners_tune_changes_nothing_until_it_is_applied() -> None:
     assert world.answer(running).version == "1"
     assert ask(world, "status", tune=report["id"])["state"] == "applied"
     assert (world.serving().choice, loaded(world)) == ("tuned", (4, 1))
-    assert [e.choice["source"] for e in world.effects if isinstance(e, RememberChoice)] == ["tuned"]
+    assert [c["source"] for c in choices(world)] == ["tuned"]
     world.pass_time(100.0)
     assert not world.measures
 

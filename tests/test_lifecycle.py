@@ -22,6 +22,7 @@ from edged.events import (
     PrepareLoad,
     Probe,
     Publish,
+    RememberChoice,
     RememberVerdict,
     Sampled,
     Stage,
@@ -360,6 +361,27 @@ def test_small_content_that_has_served_loads_beside_others() -> None:
     world.finish_loads()
     world.settle()
     assert len(world.loads()) == 9
+
+
+def test_what_was_proved_about_batches_is_not_proved_again_at_the_next_start() -> None:
+    """By the same version of the runtime, in the same setup; later loads have the time, and prove it anew."""
+    world = World()
+    world.batch_max, world.batch_times_us = 4, [[1, 100.0], [4, 200.0]]
+    world.put("m")
+    world.settle()
+    (kept,) = [e.choice for e in world.effects if isinstance(e, RememberChoice)]
+    for version, settings, want in (("1.0", {}, True), ("0.9", {}, False), ("1.0", {"threads": 2}, False)):
+        again = World()
+        again.choices["m-1"] = {"batches": {k.replace("1.0", version): v for k, v in kept["batches"].items()}}
+        again.put("m", **settings)
+        again.settle()
+        (spec,) = [e.spec for e in again.effects if isinstance(e, LoadInstance)]
+        assert ("known_batch" in spec) == want
+        if want:
+            assert spec["known_batch"] == {"max": 4, "times_us": [[1, 100.0], [4, 200.0]], "why": ""}
+            again.crash(again.process())
+            again.settle()
+            assert "known_batch" not in [e.spec for e in again.effects if isinstance(e, LoadInstance)][-1]
 
 
 def test_content_whose_load_was_interrupted_loads_alone() -> None:

@@ -178,6 +178,7 @@ class World:
         self.batch_max = 1
         """What workers that load from now on tell of batches."""
         self.instances = 1
+        self.batch_times_us: list[list[float]] = []
         """How many runs at once they tell that they execute, if no others share them."""
         self.bad_batches = False
         """Batches come back with outputs that have not a row for each of the inputs'."""
@@ -487,6 +488,7 @@ class World:
                 worker.concurrency, worker.slots = wanted, wanted + 1
             worker.batch_max[instance] = self.batch_max
             info = info_of(spec, batch_max=self.batch_max, instances=worker.concurrency)
+            info["batch"]["times_us"] = self.batch_times_us
             worker.outbox.append(InstanceLoaded(worker.id, instance, info))
 
     def finish_loads(self) -> None:

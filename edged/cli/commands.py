@@ -146,6 +146,8 @@ def _models_table(entries: Sequence[Mapping[str, Any]], session: Session) -> str
             Column("runtime", drop=3),
             Column("prec", drop=5),
             Column("choice", drop=6),
+            Column("threads", drop=7, right=True),
+            Column("batch", drop=7, right=True),
             Column("p50", drop=2, right=True),
             Column("count", drop=4, right=True),
             Column("errors", drop=4, right=True),
@@ -162,6 +164,8 @@ def _models_table(entries: Sequence[Mapping[str, Any]], session: Session) -> str
                 e.get("runtime"),
                 e.get("precision"),
                 e.get("choice"),
+                _threads_text(e),
+                (e.get("batch") or {}).get("max"),
                 micros_text(p50) if p50 else None,
                 e.get("infer_count"),
                 e.get("error_count"),
@@ -171,6 +175,14 @@ def _models_table(entries: Sequence[Mapping[str, Any]], session: Session) -> str
         row.append("; ".join(str(t) for t in (why, e.get("fallback_reason")) if t))
         rows.append(row)
     return table(columns, rows, session.out)
+
+
+def _threads_text(entry: Mapping[str, Any]) -> str | None:
+    """`4`, or `2 × 4` with two instances."""
+    threads, instances = entry.get("threads"), entry.get("instances") or 1
+    if not threads:
+        return None
+    return str(threads) if instances == 1 else f"{instances} × {threads}"
 
 
 def devices(session: Session, args: argparse.Namespace) -> int:
