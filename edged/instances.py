@@ -270,6 +270,12 @@ class Instance:
         if info.get("fallback_reason"):
             self.fallback_reason = str(info["fallback_reason"])
 
+    def batch_rows(self) -> int:
+        """Rows to put into a run: as many as the owner says, else as give the most in a second."""
+        if self.settings.max_batch_size is not None:
+            return self.batch_max
+        return self.times.best_rows(self.batch_max)
+
     def log_fields(self) -> dict[str, str]:
         """Which model a line of the log is about."""
         return {"MODEL": self.name, "MODEL_VERSION": str(self.version)}

@@ -140,8 +140,8 @@ class Runs:
         scheduler = self._scheduler
         worker = None if instance.worker is None else self._workers.table.get(instance.worker)
         serves = worker is not None and instance.state is InstanceState.READY
-        if serves and job.deadline_s != math.inf:
-            self._check_in_time(job, instance, now_s)
+        if worker is not None and serves and job.deadline_s != math.inf:
+            self._check_in_time(job, instance, worker, now_s)
         try:
             victim = scheduler.make_room(job, queue_length=instance.settings.queue_length)
         except ResourceExhausted as error:
@@ -163,9 +163,8 @@ class Runs:
         else:
             scheduler.enqueue(job)
 
-    def _check_in_time(self, job: Job, instance: Instance, now_s: float) -> None:
+    def _check_in_time(self, job: Job, instance: Instance, worker: Worker, now_s: float) -> None:
         rows = self._scheduler.rows_ahead(job)
-        worker = self._workers.table[instance.worker or 0]
         if not rows and len(worker.runs) < worker.concurrency:
             return
         times = instance.times
@@ -224,7 +223,7 @@ class Runs:
             jobs, rows = [job], job.rows
             if job.shape_key is not None and instance.batch_max > rows:
                 jobs += scheduler.mates(
-                    job, rows_max=self._rows_max(instance, worker), times=instance.times, now_s=now_s
+                    job, rows_max=self._rows_max(rows, instance, worker), times=instance.times, now_s=now_s
                 )
                 rows = sum([each.rows for each in jobs])
             self._start(jobs, rows, instance, worker, now_s)
@@ -246,7 +245,7 @@ class Runs:
         """Whether what waits is still to wait for more; the tick that ends this is seen to."""
         scheduler, times = self._scheduler, instance.times
         rows = scheduler.queued_rows(instance.id)
-        if rows >= times.best_rows(instance.batch_max):
+        if rows >= instance.batch_rows():
             return False
         until_s = scheduler.queued_since_s(instance.id) + instance.hold_s
         deadline_s = scheduler.next_deadline_s()
@@ -271,12 +270,12 @@ class Runs:
         self.withdraw(job, error, now_s, kind="reject")
         return True
 
-    def _rows_max(self, instance: Instance, worker: Worker) -> int:
-        """Rows of the next run: as many as are best, divided among the slots that are free for them."""
-        best = instance.times.best_rows(instance.batch_max)
+    def _rows_max(self, rows: int, instance: Instance, worker: Worker) -> int:
+        """Rows of the next run, which has some: what is best, divided among the threads that are free."""
+        best = instance.batch_rows()
         free = worker.concurrency - len(worker.runs)
         if free > 1:
-            best = min(best, -(-(self._scheduler.queued_rows(instance.id) + 1) // free))
+            best = min(best, -(-(self._scheduler.queued_rows(instance.id) + rows) // free))
         return best
 
     def _start(self, jobs: list[Job], rows: int, instance: Instance, worker: Worker, now_s: float) -> None:

@@ -640,6 +640,18 @@ def test_a_batch_may_be_waited_for_where_the_owner_says_so() -> None:
     assert outcomes(world, [early, later, urgent, *full]) == ["ok"] * 7
 
 
+def test_a_batch_is_as_large_as_it_pays_or_as_the_owner_says() -> None:
+    """Rows that cost what a run costs are not put together, unless `max_batch_size` asks for it."""
+    for owners, jobs in (({}, [1, 1]), ({"max_batch_size": 4}, [3])):
+        world = ready_world(batch_max=4, **owners)
+        world.serving().times = RunTimes([[1, 250], [2, 500], [4, 1000]])
+        filled(world, 3, size=1)
+        for _ in range(SLOTS_AT_START):
+            world.finish_run(world.process())
+            world.settle()
+        assert [len(run.jobs) for run in world.process().runs] == jobs
+
+
 def test_what_cannot_be_in_time_is_refused_at_once() -> None:
     """By what is ahead of it; with when to ask again; and never while nothing is ahead."""
     world = ready_world()
