@@ -22,8 +22,9 @@ Where instances share a worker, the best level of all goes first, and of equal o
 turn longest ago.
 
 **Batches.** `mates` finds, in the same order, who may share the run of the job that goes first: the same
-shapes, no deadline missed by the run's growing longer, and worse levels only where they cost the better ones
-next to nothing (`RIDE_ALONG`).
+shapes, no deadline missed by the run's growing longer, and worse levels, or clients that flood, only where
+they cost the others next to nothing (`RIDE_ALONG`). So who has little to ask waits for what runs, and then
+has a run as short as if it were alone.
 
 **Bounds.** A queue has a number of places. When all are taken, a job of a better level takes the place of one
 of the worst level; within a level, a client takes the place of the last job of the client that has the most,
@@ -62,7 +63,8 @@ AGE_PASSES = 10
 """Where runs take long, a level is passed over at least so often: ageing must not turn the order around."""
 
 RIDE_ALONG = 1.1
-"""Rows of a worse level may make a run of better ones this much longer: a tenth is within what runs vary."""
+"""Rows of a worse level, or of a client that floods, may make others' run this much longer: a tenth is within
+what runs vary."""
 
 PART_ROWS, PART_OF_OTHERS = 4, 1.5
 """A client has its part of the waiting rows with so many and so many times what the level's others have on
@@ -297,6 +299,14 @@ class _Level:
             if at_s > deadline_s:
                 return self.clients[first.client].head()
         return None
+
+    def floods(self, client: _Waiting, first: Job) -> bool:
+        """Whether a client has more than its part, and the one of `first`, which goes to run, has not."""
+        mine = self.clients.get(first.client)
+        if mine is None or mine is client:
+            return False
+        all_rows, active = self.rows + first.rows, self.active + (not mine.jobs)
+        return _in_part(mine.rows, all_rows, active) and not _in_part(client.rows, all_rows, active)
 
     def _promised(self, job: Job) -> bool:
         if job.state is not JobState.QUEUED:
@@ -563,25 +573,27 @@ class Scheduler:
         if queue is None or not queue.jobs or first.shape_key is None:
             return found
         rows, due_s, best, misses = first.rows, first.deadline_s, first.priority, 0
+        rightful = rows
         for level in queue.levels:
             if not level.jobs:
                 continue
-            longest_s = math.inf if level.priority <= best else RIDE_ALONG * times.expect_s(rows)
             passed: list[_Waiting] = []
             while rows < rows_max and misses < MISSES_MAX and (client := level.head()) is not None:
                 job = client.head()
                 assert job is not None
                 total, job_due_s = rows + job.rows, min(due_s, job.deadline_s)
+                rides = level.priority > best or level.floods(client, first)
                 if (
                     job.shape_key == first.shape_key
                     and total <= rows_max
                     and (job_due_s == math.inf or now_s + times.turn_s(total) <= job_due_s)
-                    and (longest_s == math.inf or times.expect_s(total) <= longest_s)
+                    and (not rides or times.expect_s(total) <= RIDE_ALONG * times.expect_s(rightful))
                 ):
                     self._serve(queue, level, job)
                     level.passes, level.passed_since_s = 0, now_s
                     found.append(job)
                     rows, due_s, best = total, job_due_s, min(best, level.priority)
+                    rightful += 0 if rides else job.rows
                 else:
                     misses += 1
                     heapq.heappop(level.heap)

@@ -240,7 +240,7 @@ def test_a_batch_is_what_waits_in_order_and_fairly() -> None:
     queues = scheduler()
     flood = [admit(queues, job(client=1)) for _ in range(20)]
     other = [admit(queues, job(client=2)) for _ in range(2)]
-    assert batch(queues, rows_max=6) == [flood[0], other[0], flood[1], other[1], flood[2], flood[3]]
+    assert batch(queues, STEEP, rows_max=6) == [flood[0], other[0], flood[1], other[1], flood[2], flood[3]]
     assert queues.queued_rows(1) == 16
 
 
@@ -287,6 +287,19 @@ def test_worse_levels_ride_along_only_where_that_costs_nothing() -> None:
         first = admit(queues, job(client=1, priority=1))
         found = batch(queues, times)
         assert found == ([first, *low] if rides else [first])
+
+
+def test_a_flood_rides_along_only_where_that_costs_nothing() -> None:
+    """Who has little to ask has a run as short as alone, and shares it with those that have little too."""
+    for times, rides in ((FLAT, True), (STEEP, False)):
+        queues = scheduler()
+        flood = [admit(queues, job(client=1)) for _ in range(20)]
+        assert take(queues) is flood[0]
+        little = [admit(queues, job(client=client)) for client in (2, 3)]
+        found = batch(queues, times, rows_max=8)
+        assert found[:2] == little
+        assert len(found) == (8 if rides else 2)
+        assert len(batch(queues, STEEP, rows_max=8)) == 8, "its own run is as large as it pays"
 
 
 def test_one_that_has_aged_takes_better_ones_with_it() -> None:
