@@ -35,6 +35,10 @@ STABLE_S = 60.0
 CRASHES_TO_MOVE = 2
 """An instance that crashed more often than this in a row is tried on the next device of its plan."""
 
+PATIENCE_S = 0.5
+"""What waits for a worker waits through a pause as short as this: a batch that ended its worker is run again
+one by one, and the one that is to blame ends it a second time, with its neighbours still waiting."""
+
 LOAD_TIMED_OUT = "load time-out"
 
 _HOW = ("runtime", "device", "threads", "instances", "max_batch_size")
@@ -453,6 +457,8 @@ class Lifecycle:
         pause_ms = round(pause_s * 1000)
         fields = {**instance.log_fields(), "DURATION_MS": str(pause_ms), "REASON": message}
         self._around.emit(Log("worker_restarting", fields))
+        if pause_s <= PATIENCE_S:
+            return
         text = f"model '{instance.name}': {instance.message}"
         self._hooks.flush(instance, Unavailable(text, reason=reason, retry_after_ms=pause_ms))
 

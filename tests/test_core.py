@@ -569,6 +569,22 @@ def test_a_crash_in_a_batch_blames_who_crashes_again() -> None:
     assert outcomes(world, keys) == ["ok"] * 3
 
 
+def test_who_ends_the_worker_takes_no_neighbour_along() -> None:
+    """Even where it is the first to run again: the others wait through the pause that follows."""
+    world = ready_world(batch_max=8)
+    keys = filled(world, 3)
+    for _ in range(SLOTS_AT_START):
+        world.finish_run(world.process())
+        world.settle()
+    for _ in range(2):
+        world.crash(world.process())
+        world.settle()
+    assert outcomes(world, keys) == ["WORKER_CRASHED", "", ""]
+    world.pass_time(0.6)
+    world.finish_runs()
+    assert outcomes(world, keys) == ["WORKER_CRASHED", "ok", "ok"]
+
+
 def test_a_batch_goes_on_for_as_long_as_somebody_wants_it() -> None:
     """Cancelling one of it answers that one; the run is stopped with the last."""
     world = ready_world(batch_max=8)
