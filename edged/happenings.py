@@ -19,8 +19,8 @@ __all__ = ["HAPPENINGS_MAX", "MODELS_MAX", "Happening", "Happenings"]
 HAPPENINGS_MAX = 24
 """Of one model: four crashes in a row with all that follows from them, and how it came before."""
 
-MODELS_MAX = 512
-"""Names that are remembered; with all their lines full that is about 10 MB, with the usual ones 1 MB."""
+MODELS_MAX = 256
+"""Names that are remembered: with all their lines 3 MB, or 8 MB when every line is as long as it may be."""
 
 _VALUE_CHARS_MAX = 300
 """A reason is a sentence; the journal has the whole of a long one."""

@@ -32,6 +32,7 @@ PURE += (
     "reloading",
     "setups",
 )
+PURE += tuple(f"cli.health.{name}" for name in ("facts", "checks", "hardware", "folders", "words"))
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
 IMPURE |= {"onnxruntime", "openvino", "watchdog", "systemd", "msgpack"}
 
