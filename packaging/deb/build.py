@@ -31,10 +31,12 @@ from pathlib import Path
 from control import changelog_text, copyright_text, write_control
 from elf import shared_libraries
 from tree import HERE, MACHINES, PACKAGING, PREFIX, RELEASES, ROOT, Build, BuildError, Tree, Unreachable
-from wheels import fetch, own_wheel, unpack
+from wheels import fate, fetch, own_wheel, unpack
 
 DPKG_TIMEOUT_S = 900
 """Of packing one package: 350 MB with xz, on a slow machine."""
+
+__all__ = ["BuildError", "client_modules", "fate", "main", "shared_libraries"]
 
 REVISION = "1"
 """Of the packaging; `--revision` builds a later one of the same sources."""
@@ -99,6 +101,8 @@ def fill_edged(build: Build, tree: Tree) -> None:
         tree.copy(ROOT / "docs" / page, f"{documents}/{page}")
     for drop_in in sorted((PACKAGING / "edged.service.d").glob("*.conf")):
         tree.copy(drop_in, f"{documents}/examples/edged.service.d/{drop_in.name}")
+    for item in ("edged.rules.yml", "metrics-http.conf"):
+        tree.copy(PACKAGING / "prometheus" / item, f"{documents}/examples/prometheus/{item}")
     tree.copy(PACKAGING / "edged-alarm@.service", f"{documents}/examples/edged-alarm@.service")
     tree.copy(PACKAGING / "nvidia-modules-load.conf", f"{documents}/examples/nvidia-modules-load.conf")
     for item in sorted((ROOT / "models/digits").rglob("*")):

@@ -100,11 +100,12 @@ def unpack(tree: Tree, wheel: Path, sites: str, documents: str) -> None:
                 continue
             if name.endswith(".dist-info/METADATA"):
                 licence = _licence(archive.read(item).decode())
-            if LICENCE.search(name) and not name.endswith((".py", ".so")):
+            outcome, why = fate(name)
+            if outcome == "licence":
                 flat = re.sub(r"^[^/]*\.dist-info/|^[^/]*\.data/", "", name).replace("/", "_")
                 path = f"{documents}/licenses/{distribution}/{flat}"
-            elif reason := next((why for rule, why in DROPPED if re.search(rule, name)), None):
-                tree.dropped_bytes[reason] = tree.dropped_bytes.get(reason, 0) + item.file_size
+            elif outcome == "dropped":
+                tree.dropped_bytes[why] = tree.dropped_bytes.get(why, 0) + item.file_size
                 continue
             else:
                 path = f"{sites}/{name}"
@@ -115,6 +116,14 @@ def unpack(tree: Tree, wheel: Path, sites: str, documents: str) -> None:
             target.write_bytes(archive.read(item))
             target.chmod(0o644)
     tree.wheels.append((wheel.name, hashlib.sha256(wheel.read_bytes()).hexdigest(), licence))
+
+
+def fate(name: str) -> tuple[str, str]:
+    """What becomes of a wheel's file: `kept`, `licence`, or `dropped` with the reason."""
+    if LICENCE.search(name) and not name.endswith((".py", ".so")):
+        return "licence", ""
+    why = next((why for rule, why in DROPPED if re.search(rule, name)), None)
+    return ("kept", "") if why is None else ("dropped", why)
 
 
 def _licence(metadata: str) -> str:
