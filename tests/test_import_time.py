@@ -51,3 +51,9 @@ def test_every_export_is_there() -> None:
         assert getattr(edged, name) is not None
     with pytest.raises(AttributeError, match="Cliemt"):
         edged.Cliemt  # noqa: B018  # the access is what is tested
+
+
+def test_edgectls_help_needs_neither_sockets_arrays_nor_settings() -> None:
+    """The command line is built at every completion of a word."""
+    found = _modules_after("from edged.cli import edgectl; edgectl.build_parser()")
+    assert not found & {"zmq", "numpy", "msgpack", "edged.config", *HEAVY}

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edged.cli.tables import Terminal, clean, paint
-from edged.config import ConfigError, load_config
 from edged.errors import EdgedError
 
 if TYPE_CHECKING:
@@ -172,6 +171,8 @@ class Session:
             return given
         if status is not None and status.get("models_dir"):
             return Path(str(status["models_dir"]))
+        from edged.config import ConfigError, load_config  # here: it is half of what `--help` would import
+
         candidates = []
         with contextlib.suppress(ConfigError):
             candidates.append(load_config(flags={}, environ=os.environ, file=None).server.models)
