@@ -12,7 +12,6 @@ Pure data with its own small questions. The words:
 from __future__ import annotations
 
 import enum
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -161,8 +160,6 @@ class Worker:
     """Set when it was asked to exit."""
     killed_for: str = ""
     """Why the daemon itself killed it."""
-    of_a_batch: bool = False
-    """What ended it was a batch, whose jobs are tried again one by one: then it shows which is to blame."""
 
     def widen(self, concurrency: int) -> None:
         """It has told that it executes this many runs at once; it never takes that back."""
@@ -217,8 +214,6 @@ class Instance:
     load_started_s: float = 0.0
     measured: dict[Setup, dict[str, Any]] = field(default_factory=dict)
     """The measurers' results."""
-    spared_s: float = -math.inf
-    """When a crash was last not counted, since a batch was to blame."""
     makes_room: bool = False
     """The version before was ended for its sake: it waits for no more memory."""
 

@@ -425,7 +425,7 @@ class Lifecycle:
             kind = "worker_hung" if worker.killed_for == RUN_HUNG else "worker_crashed"
             fields = {**instance.log_fields(), "RUNTIME": worker.runtime, "DEVICE": worker.device}
             self._around.emit(Log(kind, {**fields, "PID": str(worker.pid or 0), "REASON": why}))
-            self._crashed(instance, "WORKER_CRASHED", text, now_s, of_a_batch=worker.of_a_batch)
+            self._crashed(instance, "WORKER_CRASHED", text, now_s)
         elif instance.state is InstanceState.LOADING:
             self._lost_while_loading(instance, worker, why, now_s)
 
@@ -442,15 +442,9 @@ class Lifecycle:
         message = f"while loading on {instance.plan[0]} its worker ended: {why}"
         self.on_load_failed(instance.id, reason, message, now_s)
 
-    def _crashed(
-        self, instance: Instance, reason: str, message: str, now_s: float, *, of_a_batch: bool = False
-    ) -> None:
+    def _crashed(self, instance: Instance, reason: str, message: str, now_s: float) -> None:
         """The serving instance lost its worker, or could not get it back."""
         self._count_crash(instance, reason, message, now_s)
-        if of_a_batch and now_s - instance.spared_s > STABLE_S:
-            # Not counted, or the rows' second try would meet a pause that refuses the good ones too.
-            instance.spared_s = now_s
-            instance.crashes -= 1
         pause_s = instance.backoff_s() if instance.crashes > 1 else 0.0
         when = f" in {pause_s:g} s" if pause_s else " now"
         instance.move(InstanceState.RESTARTING, reason, f"{message}; it is started again{when}")

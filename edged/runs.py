@@ -434,8 +434,6 @@ class Runs:
             return
         why = worker.killed_for or event.how
         lost = [self.table[run_id] for run_id in worker.runs]
-        to_blame = lost[: worker.concurrency]
-        worker.of_a_batch = bool(to_blame) and all(len(run.jobs) > 1 for run in to_blame)
         for position, run in enumerate(lost):
             self._end(run, now_s)
             again = run.instance.state is InstanceState.READY

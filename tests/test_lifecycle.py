@@ -533,32 +533,6 @@ def test_a_worker_that_dies_of_made_up_rows_is_loaded_without_them() -> None:
     assert [e for e in world.effects if isinstance(e, LoadInstance)][-1].spec["max_batch_size"] == 1
 
 
-def crash_in_a_batch(world: World) -> None:
-    """The worker ends while a run of several jobs is the one that it is at."""
-    for client in range(8):
-        world.infer(client=bytes([0, client]))
-    while len(world.process().runs[0].jobs) == 1:
-        world.finish_run(world.process())
-        world.settle()
-    world.crash(world.process())
-    world.settle()
-
-
-def test_a_crash_of_a_batch_is_counted_only_when_it_comes_again() -> None:
-    """Its rows are tried one by one, and should one of them end the worker it is restarted at once still."""
-    world = World()
-    world.batch_max = 8
-    world.put("m")
-    world.settle()
-    for crashes in (0, 1):
-        crash_in_a_batch(world)
-        assert (world.serving().state, world.serving().crashes) == (S.READY, crashes)
-        world.finish_runs()
-    world.pass_time(STABLE_S + 1)
-    crash_in_a_batch(world)
-    assert (world.serving().state, world.serving().crashes) == (S.READY, 0)
-
-
 def test_an_owners_batch_that_ends_the_worker_is_a_failure() -> None:
     """Who asks for batches is told that they cannot be had."""
     world = World()
