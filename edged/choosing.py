@@ -479,9 +479,12 @@ def _gain(now: Figures, then: Figures) -> str:
 
 
 def _sentence(result: dict[str, Any]) -> str:
-    if result.get("candidate_p50_us") is not None:
-        return (
-            f"{result['candidate_p50_us']:.0f} µs against {result['reference_p50_us']:.0f} µs; "
-            f"{result.get('why') or 'agrees'}"
-        )
-    return str(result.get("why", ""))
+    why = str(result.get("why", ""))
+    if result.get("candidate_p50_us") is None:
+        return why
+    return f"{_speed(result, 'candidate')} against {_speed(result, 'reference')}; {why or 'agrees'}"
+
+
+def _speed(result: dict[str, Any], side: str) -> str:
+    rows_s = result.get(f"{side}_rows_s")
+    return f"{result[f'{side}_p50_us']:.0f} µs" + ("" if rows_s is None else f" ({rows_s:.0f} rows/s)")
