@@ -52,6 +52,8 @@ class Effort:
     """Of one open-loop run, which a slot is too short for."""
     swaps: int
     """New versions of a model under load."""
+    everything: bool = True
+    """Else one network of each kind, and one other server, instead of all."""
     pause_s: float = 0.1
     """Between two slots: ONNX Runtime's threads spin for milliseconds after a run; this is well beyond."""
 
@@ -59,7 +61,7 @@ class Effort:
 FULL = Effort(slots=12, slot_s=0.4, open_s=6.0, swaps=190)
 """What the published figures are made of."""
 
-QUICK = Effort(slots=2, slot_s=0.1, open_s=0.5, swaps=4, pause_s=0.02)
+QUICK = Effort(slots=2, slot_s=0.1, open_s=0.5, swaps=4, pause_s=0.02, everything=False)
 """To see that everything works; its figures are worth little."""
 
 

@@ -41,7 +41,8 @@ def measure(progress: Progress, effort: Effort) -> Section:
     with ExitStack() as stack:
         daemon = Daemon(ready_timeout_s=180)
         stack.callback(daemon.close)
-        for name in zoo.REAL_MODELS:
+        names = zoo.REAL_MODELS if effort.everything else zoo.REAL_MODELS[-1:]
+        for name in names:
             data = zoo.real(name).read_bytes()
             daemon.put(name, data, "")
             daemon.put(f"{name}-fast", data, 'precision = "fast"\n')
@@ -49,10 +50,8 @@ def measure(progress: Progress, effort: Effort) -> Section:
         chosen = daemon.wait_chosen(progress)
         of_model = {row["name"]: row for row in chosen if row["serving"]}
         with daemon.client(timeout_s=120) as client:
-            parts = [
-                _one(stack, client, daemon, of_model, name, progress, effort) for name in zoo.REAL_MODELS
-            ]
-    crowds = [_crowd(name, progress, effort) for name in CROWD_GOALS]
+            parts = [_one(stack, client, daemon, of_model, name, progress, effort) for name in names]
+    crowds = [_crowd(name, progress, effort) for name in CROWD_GOALS if name in names]
     claims = [claim for part in (*parts, *crowds) for claim in part["claims"]]
     alone = ("network", "by", "on", "p50 ms", "p99 ms", "compute", "× defaults")
     far = ("network", "served", "relative L2, median", "largest difference of a probability", "same class")
@@ -180,7 +179,7 @@ def _crowd(name: str, progress: Progress, effort: Effort) -> dict[str, Any]:
         for served, settings in variants.values():
             daemon.put(served, data, settings)
         daemon.start()
-        rows_of = {row["name"]: row for row in daemon.wait_chosen(progress)}
+        rows_of = {row["name"]: row for row in daemon.wait_chosen(progress) if row["serving"]}
         with daemon.client() as client:
             feed = client.model_metadata(name)["inputs"][0]["name"]
         app = Target("defaults", model=str(zoo.real(name)), input_name=feed, shape=SHAPE)

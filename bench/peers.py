@@ -75,7 +75,7 @@ def measure(progress: Progress, effort: Effort) -> Section:
                 missing[title] = str(e)
         tables, claims = _compare(stack, daemon, addresses, progress, effort)
         rows = []
-        for peer in others:
+        for peer in others if effort.everything else ():
             try:
                 rows += _beside(
                     daemon, addresses, peer, progress, replace(effort, slots=max(1, effort.slots // 3))
