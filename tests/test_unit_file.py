@@ -44,15 +44,33 @@ def exposure(unit: Path) -> float:
     return float(found[1])
 
 
-def test_systemd_accepts_the_unit_without_a_word(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", [UNIT, PACKAGING / "edged@.service"], ids=lambda path: path.stem)
+def test_systemd_accepts_the_unit_without_a_word(tmp_path: Path, source: Path) -> None:
     """`systemd-analyze verify` is clean with the daemon where the unit expects it."""
     program = tmp_path / "edged"
     program.write_text("#!/bin/sh\n")
     program.chmod(0o755)
-    unit = tmp_path / "edged.service"
-    unit.write_text(UNIT.read_text("utf-8").replace("/usr/lib/edged/bin/edged", str(program)))
+    unit = tmp_path / source.name.replace("@", "@cam")
+    unit.write_text(source.read_text("utf-8").replace("/usr/lib/edged/bin/edged", str(program)))
     result = tool("systemd-analyze", "verify", "--man=no", str(unit))
     assert (result.returncode, result.stdout, result.stderr) == (0, "", "")
+
+
+def test_a_second_daemon_shares_no_directory_with_the_first() -> None:
+    """edged@NAME differs in its directories and names, and in nothing else."""
+    one, more = settings(), settings(PACKAGING / "edged@.service")
+    for name in ("RuntimeDirectory", "StateDirectory", "CacheDirectory", "ConfigurationDirectory"):
+        assert (one.pop(name), more.pop(name)) == (["edged"], ["edged-%i"])
+    assert more.pop("ExecStartPre")
+    for name in ("Description", "SyslogIdentifier"):
+        assert one.pop(name) != more.pop(name)
+    assert one == more
+
+
+def test_nothing_listens_for_the_daemon_while_it_is_stopped() -> None:
+    """A socket unit would start it again for the next idle client: there is none."""
+    assert not list(ROOT.glob("*.socket"))
+    assert not list(PACKAGING.rglob("*.socket"))
 
 
 def test_the_sandbox_is_tight_with_accelerators_allowed() -> None:
@@ -93,10 +111,14 @@ def test_what_the_daemon_relies_on_is_in_the_unit() -> None:
         "RestrictAddressFamilies": "AF_UNIX",
         "ExecReload": "kill -HUP $MAINPID",
         "User": "edged",
+        "Restart": "on-failure",
+        "Delegate": "yes",
     }.items():
         assert unit[name] == [value]
-    assert "WatchdogSec" in unit
-    assert "LimitNOFILE" in unit
+    for name in ("WatchdogSec", "LimitNOFILE", "MemoryHigh", "MemoryMax", "CPUWeight", "IOWeight"):
+        assert name in unit
+    for name in ("StartLimitIntervalSec", "StartLimitBurst", "LogRateLimitIntervalSec", "LogRateLimitBurst"):
+        assert unit[name] != ["0"], f"{name} is no bound"
     for name in ("MemoryDenyWriteExecute", "PrivateUsers", "ProcSubset", "DynamicUser"):
         assert name not in unit, f"{name} breaks the daemon: see the comment in the unit"
     allowed = " ".join(unit["DeviceAllow"])
@@ -146,7 +168,7 @@ def test_the_users_and_directories_are_accepted(tmp_path: Path) -> None:
     users = tool("systemd-sysusers", f"--root={tmp_path}", str(PACKAGING / "sysusers.conf"))
     assert users.returncode == 0, users.stderr
     groups = (tmp_path / "etc" / "group").read_text("utf-8")
-    for group in ("video", "render", "edged-admin"):
+    for group in ("video", "render", "edged-admin", "edged-drop"):
         assert re.search(rf"^{group}:x:\d+:edged$", groups, re.MULTILINE), groups
     directories = tool("systemd-tmpfiles", f"--root={tmp_path}", "--create", str(PACKAGING / "tmpfiles.conf"))
     assert "syntax" not in directories.stderr.lower()

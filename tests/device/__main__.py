@@ -39,6 +39,9 @@ BUILD_TIMEOUT_S = 900
 LINT_TIMEOUT_S = 600
 """lintian reads every byte twice."""
 
+CHECKS_TIMEOUT_S = 1500
+"""Of all checks together; each has its own bounds, but a daemon that answers none would use them all up."""
+
 TOOLS = {"debootstrap": "debootstrap", "systemd-nspawn": "systemd-container", "nsenter": "util-linux"}
 """What a box takes, and Debian's packages with it."""
 
@@ -86,8 +89,12 @@ def run(release: str) -> int:
                 device = Device(box)
                 device.bring(scratch / "packages", "/packages")
                 put_models(device)
+                end = time.monotonic() + CHECKS_TIMEOUT_S
                 for title, check in CHECKS:
-                    rows.append(live(device, title, check))
+                    if time.monotonic() < end:
+                        rows.append(live(device, title, check))
+                    else:
+                        rows.append(Row("FAILED", 0, title, "no time was left for it"))
             rows.append(end_lint(lint))
         finally:
             if lint is not None and lint.poll() is None:

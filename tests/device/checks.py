@@ -212,9 +212,13 @@ def documents(device: Device) -> str:
 def reload(device: Device) -> str:
     pid = device.pid()
     kept = (device.box.tree / "etc/edged/edged.toml").read_text()
-    device.box.write("/etc/edged/edged.toml", kept + 'level = "debug"\n')
+    device.box.write("/etc/edged/edged.toml", kept + 'level = "debug"\nformat = "journal"\n')
     device.sh("systemctl reload edged")
-    until(lambda: device.journal("EVENT=config_reloaded"), what="the reload's record", timeout_s=SERVE_S)
+    read = until(
+        lambda: device.journal("EVENT=config_reloaded"), what="the reload's record", timeout_s=SERVE_S
+    )
+    assert "log.level" in read[-1]["CHANGED"], read[-1]
+    assert "log.format" in read[-1]["NEEDS_RESTART"], read[-1]
     device.box.write("/etc/edged/edged.toml", "[servr]\n")
     device.box.run(["systemctl", "reload", "edged"], check=False)
     refused = until(
