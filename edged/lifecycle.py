@@ -238,8 +238,13 @@ class Lifecycle:
         worker = self._workers.enter(instance, candidate)
         fields = {**instance.log_fields(), "RUNTIME": candidate.runtime, "DEVICE": candidate.device}
         self._around.emit(Log("model_loading", fields))
-        # At the start many load at once, which takes longest and is the worst moment to time anything.
-        known = None if self.ready else self._placement.known_batch(instance, self._setup(instance))
+        if instance.track.serving is instance and instance.info:
+            known = instance.info.get("batch")  # back to where it was: nothing to prove, and requests wait
+        elif self.ready:
+            known = None
+        else:
+            # At the start many load at once, which takes longest and is the worst moment to time anything.
+            known = self._placement.known_batch(instance, self._setup(instance))
         self._workers.load(instance, worker, known)
         self._around.emit(instance.event())
 

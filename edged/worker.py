@@ -218,8 +218,10 @@ class Worker:
             warm = _warm_up(model, samples, settings.get("warmup", 1), cancel)
             warmup_ms = (time.perf_counter() - began) * 1e3
             checked = agreement.check_golden(model, samples, tolerance=settings.get("tolerance") or {})
-            self._say(["proving", instance])
-            batch = _find_batch(model, samples, settings, warm, cancel)
+            batch = _known_batch(settings, warm)
+            if batch is None:
+                self._say(["proving", instance])
+                batch = _find_batch(model, samples, settings, warm, cancel)
         except agreement.GoldenMismatch as e:
             model.close()
             raise LoadFailed("GOLDEN_MISMATCH", str(e)) from e
@@ -304,6 +306,16 @@ def _warm_up(model: Model, samples: Sequence[agreement.Sample], runs: int, cance
     return _Warmed(us=taken_s * 1e6)
 
 
+def _known_batch(settings: Mapping[str, Any], warm: _Warmed) -> batching.Batch | None:
+    """What need not be proved: the owner wants no batches, or a load before this one found it out."""
+    wanted = settings.get("max_batch_size")
+    if wanted == 1:
+        alone = () if warm.us is None else ((1, round(warm.us, 1)),)
+        return batching.Batch(1, alone, "max_batch_size is 1")
+    known = batching.Batch.from_wire(settings.get("known_batch"))
+    return known if known is not None and wanted in (None, known.max) else None
+
+
 def _find_batch(
     model: Model,
     samples: Sequence[agreement.Sample],
@@ -314,11 +326,6 @@ def _find_batch(
     """How many rows of different requests may share a run. Raises LoadFailed when the owner wants more."""
     wanted = settings.get("max_batch_size")
     alone = () if warm.us is None else ((1, round(warm.us, 1)),)
-    if wanted == 1:
-        return batching.Batch(1, alone, "max_batch_size is 1")
-    known = batching.Batch.from_wire(settings.get("known_batch"))
-    if known is not None and wanted is None:
-        return known
     if warm.note:
         why = warm.note
     else:

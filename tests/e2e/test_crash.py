@@ -77,7 +77,8 @@ def test_a_worker_that_dies_again_and_again_is_restarted_with_a_growing_pause(tm
             kill_worker(daemon, "m")
             until(lambda n=restarts: daemon.rows("m")[0]["restarts"] == n, what="the crash is counted")
             if restarts == 1:
-                daemon.wait_ready("m")
+                # The second must end a worker that serves, not one that loads: only an answer tells.
+                until(lambda: ask(daemon, []), what="the model is back at once")
         errors = []
         until(lambda: ask(daemon, errors), what="the model is back")
         assert daemon.number() == 1
