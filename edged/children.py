@@ -54,6 +54,9 @@ REAP_MAX_S = 2.0
 END_S = 1.0
 """How long children have to end by themselves when the daemon stops."""
 
+DEADLINE_NS_MAX = (1 << 63) - 1
+"""A run's deadline on the wire to its worker: whoever gives a request longer than 292 years gives it this."""
+
 
 class Loop(Protocol):
     """Where descriptors are waited for."""
@@ -100,6 +103,8 @@ class Children:
         self._workers: dict[int, WorkerProcess] = {}
         self._owners: dict[int, WorkerProcess] = {}
         """Whose a descriptor is, for those that are a worker's."""
+        self._hung_ups: set[int] = set()
+        """Workers that hung up, while what they said before that is told: they are given nothing more."""
         self._reaping: list[_Reaping] = []
         self._doomed: list[WorkerProcess] = []
         self._probes: dict[ProbeProcess, float] = {}
@@ -199,11 +204,16 @@ class Children:
                     self._step(InstanceLoadFailed(worker, instance, code, reason, message))
 
     def _hung_up(self, worker: int, process: WorkerProcess) -> None:
-        if self._workers.get(worker) is not process:
+        if self._workers.get(worker) is not process or worker in self._hung_ups:
             return
+        self._hung_ups.add(worker)
         # What the worker said before it ended is still told, and in its order.
-        with contextlib.suppress(HungUp):
-            self._end_runs(worker, process.recv_data())
+        try:
+            with contextlib.suppress(HungUp):
+                while packets := process.recv_data():
+                    self._end_runs(worker, packets)
+        finally:
+            self._hung_ups.discard(worker)
         for fd in (process.data_fd, process.control_fd):
             self._owners.pop(fd, None)
             self._loop.unwatch(fd)
@@ -232,7 +242,7 @@ class Children:
     def start_run(self, effect: StartRun) -> None:
         """Puts the inputs into the slot's memory and tells the worker to run."""
         process = self._workers.get(effect.worker)
-        if process is None:
+        if process is None or effect.worker in self._hung_ups:
             return  # It hung up; its end is about to be told, and answers this run.
         jobs = effect.jobs
         try:
@@ -243,7 +253,8 @@ class Children:
             else:
                 view = process.arena.slot_view(effect.slot, batch_bytes(jobs))
                 tensors, leased = place_batch(view, jobs)
-            deadline_ns = 0 if effect.deadline_s == math.inf else int(effect.deadline_s * 1e9)
+            deadline_s = effect.deadline_s
+            deadline_ns = 0 if deadline_s == math.inf else min(int(deadline_s * 1e9), DEADLINE_NS_MAX)
             packet = [
                 "run",
                 effect.run_id,

@@ -396,6 +396,8 @@ class Client:
                 resend = False
                 return_until = min(until, time.monotonic() + RETURN_S_MAX)
                 continue
+            if pending.lost and not self._closed and isinstance(link, LaneLink) and not link.answered:
+                raise NotByLane(Scope.DAEMON)  # of several threads only the first was told that it is so
             return pending.reply(link.path), pending.frames
 
     def _post(

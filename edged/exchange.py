@@ -209,14 +209,14 @@ class Exchange:
     def _close_sockets(self) -> None:
         raise NotImplementedError
 
-    def _settle(self, packed: bytes | memoryview, frames: Sequence[Any]) -> None:
-        """A reply has come."""
+    def _settle(self, packed: bytes | memoryview, frames: Sequence[Any]) -> bool:
+        """A reply has come; whether it says to which request."""
         try:
             header = msgpack.unpackb(packed, strict_map_key=False)
         except ValueError:
-            return  # No id can be read from it, so its request meets its deadline.
+            return False  # No id can be read from it, so its request meets its deadline.
         if not isinstance(header, dict):
-            return
+            return False
         request_id = header.get("id")
         pending = self._pendings.pop(request_id, None) if isinstance(request_id, int) else None
         if request_id is None and len(self._pendings) == 1:
@@ -228,6 +228,7 @@ class Exchange:
             if pending.release is not None:
                 pending.let_go()
             self._wake(pending)
+        return request_id is not None
 
     def _lose_pendings(self) -> None:
         lost = list(self._pendings.values())

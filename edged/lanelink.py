@@ -83,7 +83,7 @@ class LaneLink(Exchange):
             self._socket.close()
             raise NotByLane(Scope.DAEMON)
         self.answered = False
-        """Whether anything came: a daemon that hangs up before that does not take us."""
+        """Whether a request was answered: a daemon that hangs up before that does not take us."""
         self.state = LinkState.OPEN
         self._poll.register(self._socket, select.POLLIN)
         _alive.add(self)
@@ -112,8 +112,7 @@ class LaneLink(Exchange):
             if not packet:
                 self.state = LinkState.LOST
                 break
-            self.answered = True
-            self._settle(packet, ())
+            self.answered |= self._settle(packet, ())
         if self.state is LinkState.LOST:
             self._lose_pendings()
 

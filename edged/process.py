@@ -452,12 +452,17 @@ class WorkerProcess:
 
     def _receive(self, source: socket.socket) -> list[list[Any]]:
         packets: list[list[Any]] = []
+        reset = False
         while len(packets) < PACKETS_PER_TURN:
             try:
                 size = source.recv_into(self._buffer)
             except BlockingIOError:
                 break
             except OSError as e:
+                if e.errno == errno.ECONNRESET and not reset:
+                    # It ended with something unread; the kernel says so before it gives what it had said.
+                    reset = True
+                    continue
                 return self._hang_up(packets, e.strerror or str(e))
             if size == 0:
                 return self._hang_up(packets, "end of file")

@@ -187,6 +187,27 @@ def test_a_daemon_that_takes_no_requests_there(client: Client, peer: LanePeer, m
     assert len(peer.by_lane) <= 1
 
 
+@pytest.mark.parametrize("mode", ["is full", "hangs up"])
+def test_no_thread_fails_where_the_lane_is_not_served(peer: LanePeer, mode: str) -> None:
+    """Threads that share the connection that is refused all go over ZeroMQ, whoever reads the refusal."""
+    peer.mode = mode
+    got: list[float] = []
+    for _ in range(10):
+        with Client(peer.endpoint, timeout=10) as client:
+            together = threading.Barrier(6)
+
+            def ask(client: Client = client, together: threading.Barrier = together) -> None:
+                together.wait()
+                got.append(double(client, 1))
+
+            threads = [threading.Thread(target=ask) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join(10)
+    assert got == [2.0] * 60
+
+
 def test_later_it_is_asked_again(client: Client, peer: LanePeer, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whether it takes requests there now."""
     monkeypatch.setattr(client_module, "LANE_RETRY_S", 0.0)
