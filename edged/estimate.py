@@ -3,8 +3,8 @@
 Pure. Times are kept for sizes 1, 2, 3–4, 5–8 and so on, each as a running mean of the runs whose rows fell
 into it, and read off by straight lines between them. Three things are known of each model: `expect_s`, the
 run itself; `turn_s`, the run and what goes around it, which is what a queue is worked off by; `margin_s`,
-what is to be added to a sum of turns, by how much turns have varied of late, for a promise to be kept. All
-are 0 while nothing is known: who asks must then try.
+what is to be added to a sum of turns, by how much turns have varied of late and promises were broken, for a
+promise to be kept. All are 0 while nothing is known: who asks must then try.
 
 A mean follows slowly (`GAIN`), and a run that took very long counts as a long one and no more (`OUTLIER`), so
 that one page fault does not make a model refuse. Should a whole size have had bad luck, it forgets: what was
@@ -29,6 +29,11 @@ change of threefold is learned within some twenty runs."""
 VARIATIONS = 4.0
 """Mean deviations on top of the mean for what must be kept: as for TCP's time-out (RFC 6298, 2.3). Those of
 several turns grow with the root of their number."""
+
+SLACK_TURNS_MAX, KEPT_PER_BROKEN = 32, 1000
+"""A promise that was broken adds a turn to what is allowed for from then on, one that was kept takes a
+thousandth of a turn off again: so one in a thousand is broken, whatever turns vary by and whoever comes in
+between. At most as much as was expected, and 32 turns: a bad minute must not be remembered for long."""
 
 RATE_GAIN_MIN = 1.05
 """More rows are worth waiting for only where they raise rows/s by a twentieth: less is noise."""
@@ -63,6 +68,8 @@ class RunTimes:
         """What a turn takes beyond the run."""
         self._deviation = 0.0
         """How far turns are from what was expected, as a share of it."""
+        self._slack_turns = 0.0
+        """What broken promises have shown to be missing in the margin."""
         self._best: dict[int, int] = {}
         self._runs = 0
         for each in seed:
@@ -104,7 +111,10 @@ class RunTimes:
 
     def margin_s(self, turns_s: float) -> float:
         """By how much turns that are expected to take so long together may take longer."""
-        return VARIATIONS * self._deviation * math.sqrt(turns_s * self.turn_s(1))
+        one_s = self.turn_s(1)
+        return VARIATIONS * self._deviation * math.sqrt(turns_s * one_s) + min(
+            self._slack_turns * one_s, turns_s
+        )
 
     def drain_s(self, rows: int, batch_max: int) -> float:
         """How long so many waiting rows take in the best batches."""
@@ -162,6 +172,11 @@ class RunTimes:
         self._runs += 1
         if self._runs >= REVIEW_RUNS:
             self._review()
+
+    def promised(self, *, kept: bool) -> None:
+        """A request that was taken in on the word of `margin_s` was in time, or was not."""
+        change = -1.0 / KEPT_PER_BROKEN if kept else 1.0
+        self._slack_turns = min(SLACK_TURNS_MAX, max(0.0, self._slack_turns + change))
 
     def _review(self) -> None:
         """Sizes that were not run since the last look go halfway back to what was measured at load."""

@@ -177,6 +177,7 @@ class Runs:
                 reason="CANNOT_MEET_DEADLINE",
                 retry_after_ms=_ms(late_s),
             )
+        job.promised = True
 
     def _busy_s(self, instance: Instance, rows: int, now_s: float) -> float:
         """How long a worker takes with what it has, and with so many of an instance's rows after that."""
@@ -267,6 +268,8 @@ class Runs:
             f"it waited {_ms(now_s - job.arrived_s)} ms, and what is left of its time is too short for a run",
             reason="CANNOT_MEET_DEADLINE",
         )
+        if job.promised:
+            instance.times.promised(kept=False)
         self.withdraw(job, error, now_s, kind="reject")
         return True
 
@@ -398,6 +401,8 @@ class Runs:
         if job.warnings:
             parameters["warnings"] = job.warnings
         version = str(instance.version)
+        if job.promised:
+            instance.times.promised(kept=now_s <= job.deadline_s)
         self._emit(SendResult(job, instance.name, version, run.worker.id, run.slot, outputs, parameters))
         self._answered(job)
 
@@ -527,6 +532,9 @@ class Runs:
                 f"the deadline passed {waited}, {round((now_s - job.arrived_s) * 1000)} ms after it came",
                 reason="DEADLINE_PASSED",
             )
+            instance = self._registry.instances.get(job.instance)
+            if job.promised and instance is not None:
+                instance.times.promised(kept=False)
             self.withdraw(job, error, now_s)
         for worker_id in [w for w, until_s in self._held_until_s.items() if until_s <= now_s]:
             del self._held_until_s[worker_id]

@@ -142,6 +142,8 @@ class Job(msgspec.Struct, eq=False):
     client: Client = (0, 0)
     keep: Keep | None = None
     """That its answer is to be kept."""
+    promised: bool = False
+    """It was taken in because it would be in time, with others ahead of it."""
     charged: bool = False
     """Its client's count has grown for it: that happens once, however often it must be run."""
 

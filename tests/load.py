@@ -53,6 +53,8 @@ class Load:
     batch_max: int = 1
     instances: int = 1
     noise: float = 0.0
+    drift: float = 0.0
+    """By what share runs become slower and faster again, in each three seconds."""
     queue_length: int = 256
     seed: int = 1
     asked: dict[Any, Asked] = field(default_factory=dict)
@@ -144,7 +146,8 @@ class Load:
             self.expired_runs += sum(1 for job in run.jobs if job.deadline_s <= self.now_s)
             self.runs += 1
             self._busy += 1
-            seconds = self.run_s(run.rows) * max(0.2, self.random.gauss(1.0, self.noise))
+            drift = 1.0 + self.drift * math.sin(2.0 * math.pi * self.now_s / 3.0)
+            seconds = self.run_s(run.rows) * max(0.2, self.random.gauss(drift, self.noise))
             self.at(self.now_s + seconds, lambda run=run, seconds=seconds: self._done(run, seconds))
 
     def _done(self, run: StartRun, seconds: float) -> None:

@@ -101,3 +101,18 @@ def test_bad_luck_of_a_size_is_forgotten() -> None:
         times.observe(1, 0.001, 0.001)
     assert times.expect_s(8) == pytest.approx(0.002, rel=0.1)
     assert times.best_rows(8) == 8
+
+
+def test_broken_promises_widen_the_margin_and_kept_ones_narrow_it() -> None:
+    """By a turn and by a thousandth of one, never by more than what was expected anyway."""
+    times = RunTimes([[1, 1000.0]])
+    before_s = times.margin_s(0.05)
+    times.promised(kept=False)
+    assert times.margin_s(0.05) == pytest.approx(before_s + 0.001)
+    for _ in range(1000):
+        times.promised(kept=True)
+    assert times.margin_s(0.05) == pytest.approx(before_s)
+    for _ in range(100):
+        times.promised(kept=False)
+    assert times.margin_s(0.05) == pytest.approx(before_s + 0.032)
+    assert times.margin_s(0.002) <= before_s + 0.002

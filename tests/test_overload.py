@@ -57,18 +57,22 @@ def test_priority_one_waits_for_one_run_under_full_load(run_s: object, batch_max
 
 
 @pytest.mark.parametrize("clients", [1, 4, 20])
-@pytest.mark.parametrize(("timeout_s", "noise"), [(0.02, 0.0), (0.05, 0.1), (0.2, 0.3)])
-def test_twice_the_capacity_is_as_good_as_the_capacity(clients: int, timeout_s: float, noise: float) -> None:
-    """What is answered in time is nine tenths of what could be, and nothing expired is run."""
-    load = Load(plain, noise=noise)
+@pytest.mark.parametrize(
+    ("timeout_s", "noise", "drift"), [(0.02, 0.0, 0.0), (0.05, 0.1, 0.3), (0.2, 0.3, 0.0), (0.2, 0.1, 0.3)]
+)
+def test_twice_the_capacity_is_as_good_as_the_capacity(
+    clients: int, timeout_s: float, noise: float, drift: float
+) -> None:
+    """Nine tenths of what could be is answered in time, nothing expired is run, the rest refused at once."""
+    load = Load(plain, noise=noise, drift=drift)
     load.poisson(clients, 400.0, timeout_s=timeout_s)
-    load.run(11.0)
+    load.run(31.0)
     asked = load.of(after_s=1.0)
     good = sum(1 for each in asked if each.good)
-    assert good >= 0.9 * 10.0 / plain(1)
+    refused = [each for each in asked if each.outcome != "ok"]
+    assert good >= 0.9 * 30.0 / plain(1)
     assert load.expired_runs == 0
-    refused = [each for each in asked if each.outcome == "CANNOT_MEET_DEADLINE"]
-    assert sum(1 for each in refused if each.took_s < 0.005) >= 0.9 * len(refused)
+    assert quantile([each.took_s for each in refused], 0.99) <= 0.005
 
 
 @pytest.mark.parametrize("clients", [1, 4, 20])
