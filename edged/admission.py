@@ -112,10 +112,11 @@ def checked_outputs(
 def rows_and_key(inputs: list[TensorData], outputs: list[str] | None) -> tuple[int, ShapeKey | None]:
     """A request's rows, and what it has in common with those that it may share a run with.
 
-    The key is None where the inputs differ in their first dimension, or have none: it runs by itself.
+    The key is None where the inputs differ in their first dimension, or have none: it runs by itself. Rows of
+    nothing are none: a shape alone could claim any number of them.
     """
     shape = inputs[0].shape if inputs else None
-    if not shape or not shape[0]:
+    if not shape or 0 in shape:
         return 1, None
     rows = shape[0]
     key: list[Any] = [None if outputs is None else tuple(outputs)]

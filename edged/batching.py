@@ -3,7 +3,8 @@
 Two requests may only be put together if neither can change the other's answer. That is proved on the model
 itself when it has loaded: rows run one by one and together must agree by `agreement`'s rule, at every size
 that is tried, in more than one order. Among them are zeros, ones and one row twice, for a model whose output
-depends on the data (NonZero, Unique) has as many rows as there are numbers in a random input, but not then.
+depends on the data (NonZero, Unique) has as many rows as there are numbers in a random input, but not then;
+and a row of large numbers, for a model that scales by the largest of all.
 
 Owns the proof and the times that it takes along. It loads nothing and decides nothing for the core, which
 looks at every batch's outputs once more. Runs on Python 3.10 too.
@@ -38,6 +39,11 @@ GAIN_MIN = 1.1
 
 ROWS, ROWS_MIN = 8, 4
 """Different rows that take part; the fewer only where one run takes long."""
+
+LOUD, LOUD_AT = 100.0, 1
+"""How much larger the numbers of one row are, and which it is: of a batch of two, too. What is scaled by the
+largest number of a whole batch, as models are that quantise as they go, then takes the others' digits away,
+and shows also where a tenth of them may differ."""
 
 ROW_BY_ROW_MAX = 8
 """Up to this size each row is compared by itself; beyond it that takes longer than the runs, and the rule's
@@ -171,12 +177,22 @@ class _Trial:
             if len(self._alone) >= ROWS_MIN and time.monotonic() > until_s:
                 break
             self._check()
-            self._alone.append(self._answer(row, 1))
+            self._alone.append(self._answer_alone(row))
         del self._rows[len(self._alone) :]
         self.row_bytes = sum(array.nbytes for array in self._rows[0].values())
         self.row_bytes += sum(value.nbytes for value in self._alone[0])
         if agreement.is_constant(self._alone):
             raise NotBatchable("the model answers the same to every input, which proves nothing")
+
+    def _answer_alone(self, row: Mapping[str, Any]) -> list[Any]:
+        at = len(self._alone)
+        try:
+            return self._answer(row, 1)
+        except RunFailed as e:
+            if at != LOUD_AT or e.fatal:
+                raise
+            self._rows[at] = self._rows[0]  # such numbers are none that the model takes
+            return self._alone[0]
 
     def prove(self, size: int) -> None:
         """Runs `size` rows together, in three orders; each must be answered as it is alone."""
@@ -186,15 +202,22 @@ class _Trial:
             together = self._answer(self._together(order), size)
             for at, (name, datatype) in enumerate(zip(self._names, self._datatypes)):  # noqa: B905 - one each
                 alone = [self._alone[row][at] for row in order]
-                why = self._difference(alone, together[at], datatype)
+                why = self._difference(order, alone, together[at], datatype)
                 if why:
                     raise NotBatchable(f"output '{name}' of a row among {size} is not as it is alone: {why}")
 
-    def _difference(self, alone: Sequence[Any], together: Any, datatype: str) -> str | None:
-        if len(alone) > ROW_BY_ROW_MAX:
-            return disagreement(np.concatenate(alone), together, datatype, self._bounds)
-        for place, row in enumerate(alone):
-            why = disagreement(row, together[place : place + 1], datatype, self._bounds)
+    def _difference(
+        self, order: Sequence[int], alone: Sequence[Any], together: Any, datatype: str
+    ) -> str | None:
+        groups = [[place] for place in range(len(order))]
+        if len(order) > ROW_BY_ROW_MAX:
+            # Beside the loud row nothing that the others lose would show.
+            groups = [
+                [p for p, row in enumerate(order) if (row == LOUD_AT) is loud] for loud in (True, False)
+            ]
+        for group in filter(None, groups):
+            one_by_one = np.concatenate([alone[place] for place in group])
+            why = disagreement(one_by_one, together[group], datatype, self._bounds)
             if why:
                 return why
         return None
@@ -251,7 +274,7 @@ def _obstacle(model: Model) -> str:
 
 
 def _rows(specs: Sequence[TensorSpec], samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Single rows, the most telling first: numbers, zeros, the first one again, ones, other numbers.
+    """Single rows, the most telling first: numbers, large ones, the first again, zeros, ones, others.
 
     Other free dimensions are as in the first golden sample, whose first row takes part, or 1.
     Raises NoInputs for a model that cannot be fed.
@@ -262,9 +285,10 @@ def _rows(specs: Sequence[TensorSpec], samples: Sequence[Sample]) -> list[dict[s
     def filled(make: Callable[[tuple[int, ...]], Any]) -> dict[str, Any]:
         return {s.name: _cast(make(like[s.name].shape), s.datatype) for s in specs}
 
-    numbers = [filled(partial(_numbers, seed)) for seed in range(ROWS - 3)]
+    numbers = [filled(partial(_numbers, seed)) for seed in range(ROWS - 4)]
     first = golden or numbers.pop()
-    return [first, filled(np.zeros), first, filled(np.ones), *numbers][:ROWS]
+    loud = filled(lambda shape: LOUD * _numbers(ROWS, shape))
+    return [first, loud, first, filled(np.zeros), filled(np.ones), *numbers][:ROWS]
 
 
 def _golden_row(specs: Sequence[TensorSpec], samples: Sequence[Sample]) -> dict[str, Any] | None:

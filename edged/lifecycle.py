@@ -418,7 +418,8 @@ class Lifecycle:
     def _lost_worker(self, instance: Instance, worker: Worker, why: str, now_s: float) -> None:
         text = f"its worker ended: {why}"
         proving, instance.proving = instance.proving == worker.id, None
-        if proving and instance.state is InstanceState.LOADING and instance.settings.max_batch_size is None:
+        tried = instance.settings.max_batch_size is None and not instance.never_batched
+        if proving and tried and instance.state is InstanceState.LOADING:
             instance.never_batched = f"its worker ended when batches were tried: {why}"
             fields = {**instance.log_fields(), "DETAIL": instance.never_batched}
             self._around.emit(Log("batch_refused", fields))

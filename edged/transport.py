@@ -43,6 +43,10 @@ BACKLOG_TOTAL_BYTES_MAX = 512 * 1024 * 1024
 TRACKED_BYTES_MIN = 256 * 1024
 """Frames from this size on are counted until the client has taken them; of others the number is bounded."""
 
+LARGE_CLIENTS_MIN = 64
+"""Clients with counted frames from which on it is looked who of them has taken his: seldom enough to cost
+nothing, often enough that those who come once and go are not kept for ever."""
+
 # The calls of each request, without pyzmq's conveniences: those cost as much again.
 _get: Any = zmq.backend.Socket.get
 _recv: Any = zmq.backend.Socket.recv
@@ -151,6 +155,7 @@ class Router:
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
         self._large: dict[bytes, list[tuple[Any, int]]] = {}
+        self._large_swept_at = LARGE_CLIENTS_MIN
         self.dropped_replies = 0
 
     def readable(self) -> bool:
@@ -233,6 +238,12 @@ class Router:
             self._large.pop(name, None)
         return sum(size for _, size in left)
 
+    def _sweep_large(self) -> None:
+        """Forgets clients that have taken theirs, or are gone: nobody asks about those again."""
+        for name in list(self._large):
+            self._unread_bytes(name)
+        self._large_swept_at = max(LARGE_CLIENTS_MIN, 2 * len(self._large))
+
     def _try(self, route: Envelope, frames: Sequence[bytes | memoryview]) -> bool:
         socket = self._socket
         try:
@@ -245,6 +256,8 @@ class Router:
                     _send(socket, frame, flags)
                 else:
                     tracker = _send(socket, bytes(frame), flags, False, True)
+                    if len(self._large) >= self._large_swept_at:
+                        self._sweep_large()
                     self._large.setdefault(route[0], []).append((tracker, len(frame)))
         except zmq.Again:
             return False

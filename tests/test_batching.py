@@ -12,7 +12,7 @@ import pytest
 from onnx import helper, numpy_helper
 
 from edged import batching
-from edged.agreement import FULL, Sample
+from edged.agreement import FAST, FULL, Bounds, Sample
 from edged.batching import Batch, NotBatchable, explore
 from edged.errors import Code
 from edged.process import Spawner
@@ -31,10 +31,13 @@ def spawner() -> Iterator[Spawner]:
         yield spawner
 
 
-def rows_of(shape: list[Any], *nodes: Any, constants: dict[str, Any] | None = None) -> Callable[[Path], Path]:
+def rows_of(
+    shape: list[Any], *nodes: Any, constants: dict[str, Any] | None = None, before: Any = None
+) -> Callable[[Path], Path]:
     """Writes a graph from `x` [N,4] to `y` of this shape."""
     initializers = [numpy_helper.from_array(array, name) for name, array in (constants or {}).items()]
-    return lambda path: save(path, list(nodes), [value("x", ["N", 4])], [value("y", shape)], initializers)
+    every = [*([] if before is None else [before]), *nodes]
+    return lambda path: save(path, every, [value("x", ["N", 4])], [value("y", shape)], initializers)
 
 
 def node(kind: str, inputs: str, output: str, **attributes: Any) -> Any:
@@ -94,6 +97,37 @@ def test_rows_that_do_not_stand_alone_are_found(runtime: str, name: str, tmp_pat
     for wanted in (None, 8):
         with pytest.raises(NotBatchable):
             explore(model, [], wanted=wanted, bounds=FULL)
+
+
+@pytest.mark.parametrize("bounds", [FULL, FAST], ids=["full", "fast"])
+def test_numbers_that_are_scaled_by_the_whole_batch_are_found(bounds: Bounds, tmp_path: Path) -> None:
+    """A model that quantises as it goes takes its scale from all rows: one that is loud drowns the others."""
+    make = rows_of(
+        ["N", 4],
+        node("MatMulInteger", "q weights zero", "sums"),
+        node("Cast", "sums", "large", to=1),
+        node("Mul", "large scale", "y"),
+        constants={"weights": np.arange(16, dtype=np.int8).reshape(4, 4)},
+        before=helper.make_node("DynamicQuantizeLinear", ["x"], ["q", "scale", "zero"]),
+    )
+    model = load("onnxruntime", make(tmp_path / "m.onnx"))
+    for wanted in (None, 2, 64):
+        with pytest.raises(NotBatchable, match="is not as it is alone"):
+            explore(model, [], wanted=wanted, bounds=bounds)
+
+
+def test_a_model_that_does_not_take_large_numbers_is_proved_without(tmp_path: Path) -> None:
+    """One whose input is an index, say; what it does with those that it takes is proved all the same."""
+    make = rows_of(
+        ["N", 4, 2],
+        node("Cast", "x", "index", to=7),
+        node("Gather", "table index", "y", axis=0),
+        constants={"table": np.arange(20, dtype=np.float32).reshape(10, 2)},
+    )
+    model = load("onnxruntime", make(tmp_path / "m.onnx"))
+    with pytest.raises(RunFailed):
+        model.run({"x": np.full((1, 4), 100, np.float32)}, ["y"])
+    assert explore(model, [], wanted=4, bounds=FULL).max == 4
 
 
 def test_the_refusal_names_the_output(tmp_path: Path) -> None:

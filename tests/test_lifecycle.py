@@ -546,6 +546,16 @@ def test_a_worker_that_dies_of_made_up_rows_is_loaded_without_them() -> None:
     assert [e for e in world.effects if isinstance(e, LoadInstance)][-1].spec["max_batch_size"] == 1
 
 
+def test_a_worker_that_dies_of_something_else_by_then_is_no_endless_loop() -> None:
+    """Batches are given up once; who ends without them, too, has failed."""
+    world = World()
+    world.load_faults["m-1"] = "PROVED"
+    world.put("m")
+    world.settle()
+    assert reason_of(world) == "WORKER_CRASHED"
+    assert [e.spec["max_batch_size"] for e in world.effects if isinstance(e, LoadInstance)] == [None, 1]
+
+
 def test_an_owners_batch_that_ends_the_worker_is_a_failure() -> None:
     """Who asks for batches is told that they cannot be had."""
     world = World()

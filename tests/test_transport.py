@@ -230,6 +230,19 @@ def test_large_replies_to_a_slow_reader_are_bounded_in_bytes(
     assert (kept, router.has_backlog, router._backlog_bytes) == (0, False, 0)
 
 
+def test_clients_that_come_once_are_not_kept(context: zmq.Context[Any], router: Router) -> None:
+    """What was counted of a large reply goes when the reply has, though its client never comes again."""
+    for _ in range(3 * transport.LARGE_CLIENTS_MIN):
+        client = context.socket(zmq.DEALER)
+        client.linger, client.rcvtimeo = 0, WAIT_MS
+        client.connect(router_endpoint(router))
+        client.send(b"header")
+        router.send(receive(router).route, [b"x" * transport.TRACKED_BYTES_MIN])
+        assert len(client.recv()) == transport.TRACKED_BYTES_MIN
+        client.close()
+    assert len(router._large) <= transport.LARGE_CLIENTS_MIN
+
+
 # ---- the directory --------------------------------------------------------------------------------------
 
 

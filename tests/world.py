@@ -469,7 +469,7 @@ class World:
         fault = next(
             (self.load_faults[k] for k in ((digest, where), digest, where) if k in self.load_faults), ""
         )
-        if fault == "PROVING" and spec["max_batch_size"] != 1:
+        if fault == "PROVED" or (fault == "PROVING" and spec["max_batch_size"] != 1):
             worker.outbox.append(InstanceProving(worker.id, instance))
             self.crash(worker, "killed by SIGFPE")
         elif fault == "PROVING":
