@@ -101,8 +101,8 @@ def fill_edged(build: Build, tree: Tree) -> None:
         tree.copy(ROOT / "docs" / page, f"{documents}/{page}")
     for drop_in in sorted((PACKAGING / "edged.service.d").glob("*.conf")):
         tree.copy(drop_in, f"{documents}/examples/edged.service.d/{drop_in.name}")
-    for item in ("edged.rules.yml", "metrics-http.conf"):
-        tree.copy(PACKAGING / "prometheus" / item, f"{documents}/examples/prometheus/{item}")
+    for name in ("edged.rules.yml", "metrics-http.conf"):
+        tree.copy(PACKAGING / "prometheus" / name, f"{documents}/examples/prometheus/{name}")
     tree.copy(PACKAGING / "edged-alarm@.service", f"{documents}/examples/edged-alarm@.service")
     tree.copy(PACKAGING / "nvidia-modules-load.conf", f"{documents}/examples/nvidia-modules-load.conf")
     for item in sorted((ROOT / "models/digits").rglob("*")):

@@ -49,6 +49,7 @@ def fetch(build: Build, name: str) -> list[Path]:
             tags += [f"manylinux2014_{build.machine}", f"manylinux2010_{build.machine}"]
             pip(
                 build,
+                Unreachable,
                 "download",
                 "--no-deps",
                 "--only-binary=:all:",
@@ -68,25 +69,35 @@ def fetch(build: Build, name: str) -> list[Path]:
 
 
 def own_wheel(build: Build) -> Path:
-    """edged's own wheel, built from a copy, so that nothing is left in the checkout."""
+    """edged's own wheel, built from a copy, so that nothing is left in the checkout. Raises BuildError."""
+    tools = fetch(build, "build")[0].parent
     copy = build.work / "source"
     copy.mkdir()
     for item in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / item, copy)
     shutil.copytree(ROOT / "edged", copy / "edged", ignore=shutil.ignore_patterns("__pycache__"))
-    pip(build, "wheel", "--no-deps", f"--wheel-dir={build.work}", str(copy))
+    pip(
+        build,
+        BuildError,  # all that it needs is here, so what fails is the sources' fault
+        "wheel",
+        "--no-deps",
+        "--no-index",
+        f"--find-links={tools}",
+        f"--wheel-dir={build.work}",
+        str(copy),
+    )
     (wheel,) = build.work.glob("edged-*.whl")
     return wheel
 
 
-def pip(build: Build, *arguments: str) -> None:
-    """Runs pip. Raises Unreachable with the end of what it said."""
+def pip(build: Build, error: type[Exception], *arguments: str) -> None:
+    """Runs pip. Raises `error` with the end of what it said."""
     command = [build.python, "-m", "pip", "--disable-pip-version-check", "--no-input", "-q", *arguments]
     environ = {**os.environ, "SOURCE_DATE_EPOCH": str(build.epoch)}
     environ.pop("PYTHONPATH", None)
     done = subprocess.run(command, capture_output=True, text=True, timeout=PIP_TIMEOUT_S, env=environ)
     if done.returncode:
-        raise Unreachable(f"pip {arguments[0]} failed:\n{done.stderr[-2000:]}")
+        raise error(f"pip {arguments[0]} failed:\n{done.stderr[-2000:]}")
 
 
 def unpack(tree: Tree, wheel: Path, sites: str, documents: str) -> None:

@@ -33,6 +33,9 @@ PACKAGES = (
     *("python3-msgpack", "python3-numpy", "python3-zmq"),
 )
 
+UBUNTU = ("noble",)
+"""Releases that are not Debian's."""
+
 BASE_TIMEOUT_S = 900
 """To make the tree that boxes are copied from; it takes a minute with a mirror nearby."""
 
@@ -84,14 +87,27 @@ def base_tree(release: str, cache: Path) -> Path:
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="making-") as scratch:
         tree = Path(scratch) / "tree"
-        mirror = os.environ.get("EDGED_DEBIAN_MIRROR")
-        _make(["debootstrap", "--variant=minbase", release, str(tree), *([mirror] if mirror else [])])
+        _make(["debootstrap", "--variant=minbase", *_source(release, tree)])
         apt = ["chroot", str(tree), "env", "DEBIAN_FRONTEND=noninteractive", "apt-get", "-q"]
         _make([*apt, "update"])
         _make([*apt, "install", "-y", "--no-install-recommends", *PACKAGES])
         _make([*apt, "clean"])
         tree.rename(kept)
     return kept
+
+
+def _source(release: str, tree: Path) -> list[str]:
+    """The end of debootstrap's command line. Ubuntu's releases have their keys, mirror and script named."""
+    mirror = os.environ.get("EDGED_DEBIAN_MIRROR")
+    if release not in UBUNTU:
+        return [release, str(tree), *([mirror] if mirror else [])]
+    keys = Path("/usr/share/keyrings/ubuntu-archive-keyring.gpg")
+    if mirror is None or not keys.exists():
+        raise Missing(
+            f"{release} is Ubuntu's: EDGED_DEBIAN_MIRROR must name a mirror, and {keys} must be there."
+        )
+    options = [f"--keyring={keys}", "--components=main,universe"]
+    return [*options, release, str(tree), mirror, "/usr/share/debootstrap/scripts/gutsy"]
 
 
 def _make(command: Sequence[str]) -> None:
@@ -147,6 +163,8 @@ class Box:
                     *("--resolv-conf=off", "--timezone=off", "--link-journal=no", "--console=pipe"),
                     f"--machine=edged-device-{os.getpid()}",
                     f"--directory={self.tree}",
+                    # To the machine's systemd: one of 256 or later refuses a host that has control groups v1.
+                    "SYSTEMD_CGROUP_ENABLE_LEGACY_FORCE=1",
                 ],
                 stdin=subprocess.DEVNULL,
                 stdout=console,
