@@ -2,8 +2,8 @@
 
 The only module that composes. One thread, no locks: the loop waits on one epoll (the ROUTERs' descriptors,
 those of the children, the wake-up of other threads, signals), makes an event of each thing that it finds,
-asks the core, and does what the core says. It never runs a model, never parses a model file and
-never waits for a disk; what is slow goes to the helper thread.
+asks the core, and does what the core says. It never runs a model and never parses a model file (`children`
+do), and never waits for a disk (`disk` does, on a thread).
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from edged.children import Children
 from edged.config import Config, ConfigError
 from edged.core import Core, Identity
 from edged.devices import Candidate, Verdict, matches
+from edged.disk import Disk, entry_of
 from edged.errors import Internal, InvalidArgument, ResourceExhausted
 from edged.events import (
     BadMessage,
@@ -48,7 +49,6 @@ from edged.events import (
     EndWorker,
     Event,
     Exit,
-    FolderScanned,
     ForgetModel,
     FreeRegion,
     GrantRegion,
@@ -60,7 +60,6 @@ from edged.events import (
     LaneOpened,
     LanePacket,
     LoadInstance,
-    LoadPrepared,
     Log,
     MarkGood,
     Measured,
@@ -82,8 +81,6 @@ from edged.events import (
     ShrinkWorkers,
     ShutdownAsked,
     Stage,
-    Staged,
-    StageFailed,
     StartMeasure,
     StartRun,
     StartWorker,
@@ -94,7 +91,7 @@ from edged.events import (
 from edged.events import WorkerGone as WorkerGoneEvent
 from edged.exporter import Exporter
 from edged.heartbeat import Heartbeat
-from edged.helper import Helper, Mailbox
+from edged.helper import Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
 from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
@@ -102,13 +99,11 @@ from edged.messages import Envelope, RequestId, Route
 from edged.metrics import Metrics
 from edged.pressure import PressureWatch
 from edged.reloading import Reload, compare
-from edged.repository import Entry, Snapshot, scan
 from edged.scheduler import Job
-from edged.store import LastGood, Store, StoreError
+from edged.store import StoreError
 from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes, pressure_files
 from edged.transport import Incoming, Router, SocketDir, TransportError, bind_events
 from edged.version import __version__
-from edged.watcher import Watcher
 
 __all__ = ["Daemon", "main"]
 
@@ -117,12 +112,6 @@ MESSAGES_PER_TURN = 32
 
 FLUSH_S, FLUSH_MAX_S = 0.005, 0.25
 """How often replies that a slow client had no room for are tried again, at first and when nothing moves."""
-
-SCAN_DEBOUNCE_S = 0.05
-"""From a touch of the folder until it is looked at, so that a burst of events is one scan."""
-
-FAULT_RESCAN_S = 2.0
-"""How often a folder that is gone is looked for: nothing tells when its mount comes back."""
 
 REGIONS_MAX = 4096
 """Leased regions in all, or a quarter of the descriptors that the daemon may have: with none left, libzmq
@@ -162,8 +151,6 @@ class Daemon:
         self._handlers: dict[type[Effect], Callable[[Any], None]] = {}
         self._fds: dict[int, Callable[[], None]] = {}
         self._limiter = RateLimiter()
-        self._scan_at_s: float | None = 0.0
-        self._scanning = False
         self._flush_at_s = math.inf
         self._flush_pause_s = FLUSH_S
         self._unasked: set[Router] = set()
@@ -191,19 +178,9 @@ class Daemon:
         stack.callback(self._epoll.close)
         self._dir = SocketDir(config.server.endpoint, system="RUNTIME_DIRECTORY" in os.environ)
         stack.callback(self._dir.close)
-        self._store = Store(
-            config.server.state_dir,
-            keep_versions=config.store.keep_versions,
-            max_bytes=config.store.max_bytes,
-            disk_free_min_bytes=config.resources.disk_free_min_bytes,
-        )
-        stack.callback(self._store.close)
-        try:
-            config.server.cache_dir.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as e:
-            text = f"{config.server.cache_dir} cannot be made: {e.strerror}; name another by cache_dir"
-            raise StoreError("CACHE_DIR_UNUSABLE", text) from None
         self._open_wakeups()
+        self._disk = Disk(config, journal=self._journal, mailbox=self._mailbox, on_bug=self._note_bug)
+        stack.callback(self._disk.close)
         self._sampler = Sampler(config.server.state_dir)
         stack.callback(self._sampler.close)
         self._children = Children(
@@ -235,22 +212,16 @@ class Daemon:
         )
         self._open_sockets()
         self._open_lanes()
-        self._helper = Helper("store", self._mailbox, self._note_bug)
         self._metrics = Metrics()
         self._exporter = Exporter(
             emit=lambda kind, fields: self._journal.emit(kind, **fields),
             ask=self._ask_for_page,
-            aside=lambda task: self._in_store(lambda _: task()),
+            aside=lambda task: self._disk.in_store(lambda _: task()),
         )
         stack.callback(self._exporter.close)
         self._exporter.configure(config.metrics, now_s)
-        self._watcher = Watcher(config.server.models, self._folder_touched)
-        self._watcher.start()
-        self._watcher_fault: str | None = None
-        stack.callback(self._watcher.stop)
         self._open_pressure()
         self._sample_at_s = now_s
-        self._rescan_at_s = now_s + config.loading.rescan_s
         self._heart = Heartbeat(self._notifier)
         self._well = True
         """Whether the core could handle the last tick."""
@@ -347,16 +318,12 @@ class Daemon:
         if sites.is_installed("onnxruntime") and "onnxruntime" not in config.runtimes:
             # Nearly every model starts there: importing it now saves the first load that time.
             self._children.spawner.start_template("onnxruntime")
-        served = self._store.last_good()
-        if not served:
-            # Nothing ever served from there, so no mount is missing: the first start makes the folder.
-            with contextlib.suppress(OSError):
-                config.server.models.mkdir(parents=True, exist_ok=True)
-        self._core.entries.restore((_entry_of(good), good.staged) for good in served)
-        for notice in self._store.notices:
+        served = self._disk.last_good()
+        self._core.entries.restore((entry_of(good), good.staged) for good in served)
+        for notice in self._disk.store.notices:
             self._journal.emit("store_failed", DETAIL=notice)
         for candidate in self._unknown_devices():
-            verdict = self._store.recall_verdict(str(candidate), self._probe_mark(candidate.runtime))
+            verdict = self._disk.store.recall_verdict(str(candidate), self._probe_mark(candidate.runtime))
             if verdict is not None:
                 self._core.placement.assume(Verdict.from_wire(verdict))
             else:
@@ -427,9 +394,7 @@ class Daemon:
 
     def _due_s(self) -> float:
         due = min(self._sample_at_s, self._children.reap_at_s, self._flush_at_s)
-        due = min(due, self._exporter.due_s, self._heart.due_s)
-        if self._scan_at_s is not None and not self._scanning and self._scan_at_s < due:
-            due = self._scan_at_s
+        due = min(due, self._exporter.due_s, self._heart.due_s, self._disk.due_s)
         core_due = self._core.next_due_s()
         if core_due is not None and core_due < due:
             due = core_due
@@ -440,12 +405,12 @@ class Daemon:
         for due_s, task in (
             (self._flush_at_s, self._flush),
             (self._children.reap_at_s, self._children.reap),
-            (self._scan_at_s, self._begin_scan),
+            (self._disk.due_s, self._disk.tick),
             (self._sample_at_s, self._sample),
             (self._heart.due_s, self._beat),
             (self._exporter.due_s, self._write_metrics),
         ):
-            if due_s is None or now_s < due_s:
+            if now_s < due_s:
                 continue
             try:
                 task(now_s)
@@ -463,14 +428,6 @@ class Daemon:
         self._flush_pause_s = FLUSH_S if moved else min(FLUSH_MAX_S, 2 * self._flush_pause_s)
         waits = any(router.has_backlog for router in self._routers.values())
         self._flush_at_s = now_s + self._flush_pause_s if waits else math.inf
-
-    def _begin_scan(self, now_s: float) -> None:
-        if self._scanning:
-            return
-        self._scan_at_s = None
-        self._scanning = True
-        unseen = Snapshot(str(self._config.server.models), fault="a fault of edged hides it; see the log")
-        self._helper.give(self._scan_task, otherwise=[FolderScanned(unseen, time.time())])
 
     def _step(self, event: Event) -> bool:
         """An event to the core, and the core's effects carried out; whether the core could handle it."""
@@ -568,16 +525,8 @@ class Daemon:
             if isinstance(event, _PageAsked):
                 event.answer.put(self._page(time.monotonic()))
                 continue
-            if isinstance(event, _LookAgain):
-                self._scan(Scan(SCAN_DEBOUNCE_S))
-                continue
-            if isinstance(event, FolderScanned):
-                self._scanning = False
-                rescan_s = self._config.loading.rescan_s
-                if event.snapshot.fault is not None:
-                    rescan_s = min(rescan_s, FAULT_RESCAN_S)
-                self._rescan_at_s = time.monotonic() + rescan_s
-            self._step(event)
+            if not self._disk.takes(event):
+                self._step(event)
 
     def _pressed(self, fd: int) -> None:
         """The system asks for memory back: the guard looks now, and workers give back their reserves."""
@@ -621,23 +570,13 @@ class Daemon:
         self._wire_limits = self._core.wire_limits
         self._config = config
         self._exporter.configure(config.metrics, time.monotonic())
-        self._in_store(
-            lambda s: s.set_limits(
-                keep_versions=config.store.keep_versions,
-                max_bytes=config.store.max_bytes,
-                disk_free_min_bytes=config.resources.disk_free_min_bytes,
-            )
-        )
+        self._disk.configure(config)
         for candidate in self._unknown_devices():
             self._core.placement.probe(candidate)
         self._step(Tick())
         live, waiting = ", ".join(found.live), ", ".join(found.waiting)
         self._notes = (f"a restart is needed for {waiting}",) if waiting else ()
         self._journal.emit("config_reloaded", CHANGED=live or None, NEEDS_RESTART=waiting or None)
-
-    def _folder_touched(self) -> None:
-        """From the watcher's thread."""
-        self._mailbox.put(_LookAgain())
 
     # ------------------------------------------------------------------ what goes out
 
@@ -723,65 +662,11 @@ class Daemon:
         # Only free slots: the others are in use.
         self._children.shrink({w.id: w.free_slots for w in self._core.workers.table.values()})
 
-    # ------------------------------------------------------------------ the folder and the store
-
-    def _scan_task(self) -> list[Event]:
-        self._watcher.check()
-        fault = self._watcher.fault
-        if fault is not None and fault != self._watcher_fault and self._config.server.models.exists():
-            self._journal.emit("folder_polled", REASON=fault)
-        self._watcher_fault = fault
-        return [FolderScanned(scan(self._config.server.models), time.time())]
-
-    def _scan(self, effect: Scan) -> None:
-        at_s = time.monotonic() + effect.after_s
-        self._scan_at_s = at_s if self._scan_at_s is None else min(at_s, self._scan_at_s)
-
-    def _stage(self, effect: Stage) -> None:
-        entry, root = effect.entry, self._config.server.models
-
-        def task() -> list[Event]:
-            try:
-                staged = self._store.stage(root, entry)
-            except StoreError as e:
-                again = e.reason in ("CHANGED_WHILE_COPYING", "BEING_WRITTEN", "DISK_FULL")
-                return [StageFailed(entry, e.reason, e.message, again)]
-            return [Staged(entry, staged, self._store.quarantined(staged.digest))]
-
-        failed = StageFailed(entry, "STORE_FAILED", "it could not be copied; the log says why", False)
-        self._helper.give(task, otherwise=[failed])
-
-    def _prepare_load(self, effect: PrepareLoad) -> None:
-        def task() -> list[Event]:
-            try:
-                self._store.begin_attempt(effect.digest)
-            except StoreError as e:
-                # A full disk is no reason not to serve: only a machine that dies of this load is not told on.
-                self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
-            return [LoadPrepared(effect.instance, self._store.recall_choice(effect.choice_key))]
-
-        self._helper.give(task, otherwise=[LoadPrepared(effect.instance, None)])
-
-    def _mark_good(self, effect: MarkGood) -> None:
-        entry, digest = effect.entry, effect.staged.digest
-        settings = entry.settings.to_wire()
-        self._in_store(
-            lambda s: s.mark_good(
-                entry.name, entry.version, digest, entry_format=entry.format, settings_wire=settings
-            )
-        )
-
-    def _end_attempt(self, effect: EndAttempt) -> None:
-        self._in_store(lambda s: s.end_attempt(effect.digest))
-        self._in_store(lambda s: s.rest(), later="attempts")
+    # ------------------------------------------------------------------ devices
 
     def _remember_verdict(self, effect: RememberVerdict) -> None:
         device, mark = f"{effect.runtime}:{effect.device}", self._probe_mark(effect.runtime)
-        verdict = effect.verdict
-        if verdict is None or not mark:
-            self._in_store(lambda s: s.forget_verdict(device), later=device)
-        else:
-            self._in_store(lambda s: s.remember_verdict(device, mark, verdict), later=device)
+        self._disk.remember_verdict(device, mark, effect.verdict)
 
     def _probe_mark(self, runtime: str) -> str:
         """What a probe's verdict depends on, as far as it shows from here; empty when that is not enough."""
@@ -791,28 +676,13 @@ class Daemon:
         release = os.uname().release
         return "|".join((__version__, installed, release, _cpu_name(), *sorted(_device_nodes())))
 
-    def _in_store(self, call: Callable[[Store], object], *, later: str = "") -> None:
-        """A change of the store's books that brings no event; `later`, when it can wait, says what it is."""
-
-        def task() -> list[Event]:
-            try:
-                call(self._store)
-            except StoreError as e:
-                self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
-            return []
-
-        if later:
-            self._helper.give_later(later, task)
-        else:
-            self._helper.give(task)
-
     # ------------------------------------------------------------------ metrics
 
     def _page(self, now_s: float) -> str:
         outside = {
             "edged_log_dropped_total": self._journal.dropped,
             "edged_memory_pressure_events_total": self._pressures,
-            "edged_disk_busy_seconds": round(self._helper.busy_s(now_s), 3),
+            "edged_disk_busy_seconds": round(self._disk.busy_s(now_s), 3),
         }
         return self._metrics.render(self._core, now_s, outside)
 
@@ -851,11 +721,10 @@ class Daemon:
             if router.dropped_replies:
                 self._journal.emit("client_slow", COUNT=router.dropped_replies)
                 router.dropped_replies = 0
-        if self._scan_at_s is None and now_s >= self._rescan_at_s:
-            self._scan_at_s = now_s
+        self._disk.look_after(now_s)
 
     def _beat(self, now_s: float) -> None:
-        busy_s, notes = self._helper.busy_s(now_s), self._notes
+        busy_s, notes = self._disk.busy_s(now_s), self._notes
         if busy_s >= DISK_STALLED_S:
             notes = (*notes, f"a disk has not answered for {busy_s // 60:.0f} minutes")
         at_most_s = self._config.resources.sample_s
@@ -870,7 +739,7 @@ class Daemon:
     # ------------------------------------------------------------------ effects
 
     def _effect_table(self) -> dict[type[Effect], Callable[[Any], None]]:
-        children = self._children
+        children, disk = self._children, self._disk
         return {
             Reply: lambda e: self._reply(e.socket, e.route, e.header),
             SendResult: self._send_result,
@@ -886,15 +755,15 @@ class Daemon:
             EndWorker: lambda e: children.tell(e.worker, ["exit"]),
             KillWorker: lambda e: children.kill(e.worker),
             ShrinkWorkers: lambda _: self._shrink(),
-            Stage: self._stage,
-            PrepareLoad: self._prepare_load,
-            EndAttempt: self._end_attempt,
-            MarkGood: self._mark_good,
-            ForgetModel: lambda e: self._in_store(lambda s: s.forget_model(e.name, e.version)),
-            RememberChoice: lambda e: self._in_store(lambda s: s.remember_choice(e.key, e.choice)),
+            Stage: disk.stage,
+            PrepareLoad: disk.prepare_load,
+            EndAttempt: disk.end_attempt,
+            MarkGood: disk.mark_good,
+            ForgetModel: lambda e: disk.in_store(lambda s: s.forget_model(e.name, e.version)),
+            RememberChoice: lambda e: disk.in_store(lambda s: s.remember_choice(e.key, e.choice)),
             RememberVerdict: self._remember_verdict,
-            Collect: lambda e: self._in_store(lambda s: s.collect(set(e.in_use)), later="collect"),
-            Scan: self._scan,
+            Collect: lambda e: disk.in_store(lambda s: s.collect(set(e.in_use)), later="collect"),
+            Scan: disk.scan,
             Probe: children.probe,
             StartMeasure: children.start_measure,
             StopMeasure: children.stop_measure,
@@ -938,18 +807,9 @@ class Daemon:
     def _stop(self) -> None:
         """Ends every child; the sockets and locks go with the stack."""
         self._children.end()
-        self._helper.close(5.0)
+        self._disk.end()
         self._children.wait_ended()
         self._journal.emit("server_stopped")
-
-
-def _entry_of(good: LastGood) -> Entry:
-    """The entry as it was when it served; the folder may have another by now."""
-    return Entry(good.name, good.explicit_version, good.format, "", "", settings=good.settings)
-
-
-class _LookAgain(Event, frozen=True):
-    """From the watcher: the folder was touched."""
 
 
 class _PageAsked(Event, frozen=True):
