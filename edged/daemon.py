@@ -602,7 +602,8 @@ class Daemon:
         )
         self._send("infer", job.route, frames, job.request_id)
         if job.keep is not None:
-            self._keep(job, job.keep, outputs, effect.parameters)
+            with contextlib.suppress(MemoryError):  # it is answered, and need not be kept
+                self._keep(job, job.keep, outputs, effect.parameters)
 
     def _keep(self, job: Job, keep: Keep, outputs: Sequence[wire.Output], parameters: dict[str, Any]) -> None:
         """Copies an answer out of its slot, which is about to be used again."""

@@ -42,6 +42,9 @@ LARGE_REPLY_BYTES_MAX = 17 << 20
 BATCH_TIMES_MAX = 64
 """Sizes of a batch that a worker may have tried; it tries seven and its owner's own."""
 
+COMPUTE_NS_MAX = 1 << 50
+"""A run of thirteen days: sums of what workers tell must fit into 64 bits for as long as the daemon lives."""
+
 PROBE_REPLY_BYTES_MAX = 64 * 1024
 """Of a probe's verdict; what is beyond it is cut, which makes it unreadable and so a driver_error."""
 
@@ -676,7 +679,8 @@ def _check_answer(packet: list[Any]) -> None:
     """Raises ValueError unless this is an answer to a run; its outputs are checked when they are sent."""
     if packet[0] == "done":
         _, run_id, _, outputs, compute_ns = packet
-        if type(run_id) is int and type(outputs) is list and type(compute_ns) is int and compute_ns >= 0:
+        timed = type(compute_ns) is int and 0 <= compute_ns < COMPUTE_NS_MAX
+        if type(run_id) is int and type(outputs) is list and timed:
             return
     elif packet[0] == "failed":
         _, run_id, _, code, reason, message = packet
@@ -700,6 +704,24 @@ def _is_batch(batch: Any) -> bool:
     )
 
 
+def _is_measurement(result: Any) -> bool:
+    """Whether this is what a measurer says: figures that can be reckoned with, or none, and a sentence."""
+    if type(result) is not dict:
+        return False
+    figures = [
+        result.get(f"{side}_{figure}")
+        for side in ("reference", "candidate")
+        for figure in ("p50_us", "p99_us", "rows_s")
+    ]
+    known = [figure for figure in figures if figure is not None]
+    return (
+        len(known) in (0, len(figures))
+        and all(type(figure) in (int, float) and 0 < figure < math.inf for figure in known)
+        and type(result.get("why", "")) is str
+        and all(type(result.get(word)) is bool for word in ("agrees", "proven"))
+    )
+
+
 def _check_word(packet: list[Any]) -> None:
     """Raises unless this is something that a worker says on its control socket."""
     kind = packet[0]
@@ -714,6 +736,7 @@ def _check_word(packet: list[Any]) -> None:
         good &= all(type(d) is int for s in specs for d in s.shape or ())
         good &= type(info["instances"]) is int and info["instances"] >= 1
         good &= _is_batch(info["batch"])
+        good &= type(info.get("load_ms") or 0) in (int, float)
         good &= type(info.get("rss_bytes") or 0) is int and type(info.get("metadata") or {}) is dict
     elif kind == "proving":
         good = len(packet) == 2 and type(packet[1]) is int
@@ -721,7 +744,7 @@ def _check_word(packet: list[Any]) -> None:
         _, instance, *texts = packet
         good = type(instance) is int and len(texts) == 3 and all(type(text) is str for text in texts)
     elif kind == "measured":
-        good = len(packet) == 2 and type(packet[1]) is dict
+        good = len(packet) == 2 and _is_measurement(packet[1])
     else:
         good = kind == "unloaded" and len(packet) == 2
     if not good:

@@ -585,7 +585,12 @@ def _crashed(instance: Instance, why: str) -> Unavailable:
 
 def _not_rows(outputs: list[Any], rows: int) -> str:
     """What keeps a batch's outputs from being given to its jobs row by row; empty when nothing does."""
-    for name, _, shape, _, nbytes, *_ in outputs:
+    for output in outputs:
+        if type(output) is not list or len(output) < 5 or type(output[3]) is not int:
+            return f"{str(output)[:200]} is no tensor"
+        name, _, shape, _, nbytes, *_ = output
+        if type(shape) is not list or type(nbytes) is not int:
+            return f"output '{name}' of {rows} rows is no tensor"
         if not shape or shape[0] != rows or nbytes % rows:
             return f"output '{name}' of {rows} rows came with shape {shape} and {nbytes} bytes"
     return ""

@@ -12,7 +12,7 @@ import pytest
 
 from edged.runtimes import onnxruntime
 from edged.runtimes.base import LoadCancel, LoadFailed, LoadRequest, create_runtime
-from edged.runtimes.compiled import Kept, cache_folder, cpu_identity, key_of, prune
+from edged.runtimes.compiled import BYTES_MAX, Kept, cache_folder, cpu_identity, key_of, prune
 from tests import zoo
 
 KEY = key_of({"model": 1})
@@ -131,8 +131,9 @@ def test_a_folder_that_is_not_ours_alone_is_not_used(tmp_path: Path) -> None:
 
 
 def test_a_full_disk_keeps_nothing(tmp_path: Path) -> None:
-    """An entry must leave room for what is needed more."""
+    """An entry must leave room for what is needed more, and have room itself."""
     assert Kept(tmp_path / "cache").begin(KEY, 1 << 60) is None
+    assert Kept(tmp_path / "cache").begin(KEY, BYTES_MAX + 1) is None
 
 
 def test_the_processor_is_part_of_the_name() -> None:

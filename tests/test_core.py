@@ -554,6 +554,33 @@ def test_a_batch_that_cannot_be_taken_apart_is_run_one_by_one_from_then_on() -> 
     assert len(world.logs("batch_refused")) == 1
 
 
+@pytest.mark.parametrize(
+    "output",
+    [
+        7,
+        ["y", "FP32"],
+        ["y", "FP32", None, None, None, b""],
+        ["y", "FP32", "NN", 64, 8],
+        ["y", "FP32", [6], "64", 24],
+        ["y", "FP32", [6], 64, None],
+    ],
+)
+def test_what_is_no_output_costs_nobody_of_a_batch_his_answer(output: Any) -> None:
+    """A worker may say what it will: the requests run by themselves, where each is looked at alone."""
+    world = ready_world(batch_max=8)
+    keys = filled(world, 3)
+    world.finish_run(world.process())
+    world.finish_run(world.process())
+    world.settle()
+    run = world.process().runs.popleft()
+    assert len(run.jobs) == 3
+    world.process().outbox.append(RunDone(run.worker, run.run_id, [output], 1000))
+    world.settle()
+    world.finish_runs()
+    assert outcomes(world, keys) == ["ok"] * 3
+    assert world.logs("batch_refused")
+
+
 def test_a_crash_in_a_batch_blames_who_crashes_again() -> None:
     """All of it run once more by themselves; the others are answered."""
     world = ready_world(batch_max=8)

@@ -319,6 +319,17 @@ _INFO = {
     "batch": _BATCH,
 }
 
+_MEASURED = {
+    **{
+        f"{side}_{what}": 5.0
+        for side in ("reference", "candidate")
+        for what in ("p50_us", "p99_us", "rows_s")
+    },
+    "agrees": True,
+    "proven": True,
+    "why": "",
+}
+
 
 @pytest.mark.parametrize(
     ("socket", "said"),
@@ -326,6 +337,7 @@ _INFO = {
         ("data", ["done"]),
         ("data", ["done", 1, 0, [], "soon"]),
         ("data", ["done", 1, 0, None, 5]),
+        ("data", ["done", 1, 0, [], 1 << 62]),
         ("data", ["done", 2, 0, [], 5]),
         ("data", ["failed", 1, 0, 7, None, ""]),
         ("data", ["done_large", 1, 0, 0, 1 << 40]),
@@ -340,6 +352,7 @@ _INFO = {
         ("control", ["loaded", 1, None]),
         ("control", ["loaded", 1, {**_INFO, "inputs": [{"name": 1, "datatype": "FP32", "shape": [1]}]}]),
         ("control", ["loaded", 1, {**_INFO, "rss_bytes": "many"}]),
+        ("control", ["loaded", 1, {**_INFO, "load_ms": "long"}]),
         ("control", ["loaded", 1, {**_INFO, "instances": 2}]),
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "max": 0}}]),
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "times_us": [[1, float("nan")]]}}]),
@@ -348,6 +361,11 @@ _INFO = {
         ("control", ["load_failed", 1, 2, 3, 4]),
         ("control", ["measured"]),
         ("control", ["measured", 7]),
+        ("control", ["measured", {**_MEASURED, "candidate_p50_us": None}]),
+        ("control", ["measured", {**_MEASURED, "reference_rows_s": "many"}]),
+        ("control", ["measured", {**_MEASURED, "candidate_p99_us": float("inf")}]),
+        ("control", ["measured", {**_MEASURED, "why": None}]),
+        ("control", ["measured", {**_MEASURED, "agrees": "yes"}]),
         ("control", [{}]),
     ],
 )

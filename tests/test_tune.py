@@ -92,19 +92,33 @@ def test_an_export_replaces_the_file_whole_and_keeps_its_mode(tmp_path: Path) ->
     real.chmod(0o640)
     link = tmp_path / "m.toml"
     link.symlink_to(real)
-    assert export(link, WANTED)
+    assert export(link, WANTED, within=tmp_path)
     assert link.is_symlink()
     assert stat.S_IMODE(real.stat().st_mode) == 0o640
     assert tomllib.loads(real.read_text())["instances"] == 4
     before = real.stat()
-    assert not export(link, WANTED)
+    assert not export(link, WANTED, within=tmp_path)
     assert (real.stat().st_ino, real.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
     assert sorted(os.listdir(tmp_path)) == ["elsewhere.toml", "m.toml"]
 
 
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_does_not_leave_the_models_folder(tmp_path: Path, there: bool) -> None:
+    """Whoever may put a link there must not have its owner, or root, write elsewhere, or make a file there."""
+    folder, outside = tmp_path / "models", tmp_path / "edged.toml"
+    folder.mkdir()
+    (folder / "m.toml").symlink_to(outside)
+    if there:
+        outside.write_text("[log]\n")
+    with pytest.raises(ExportError, match="a link that leads out of .*write it by hand"):
+        export(folder / "m.toml", WANTED, within=folder)
+    assert outside.exists() == there
+    assert not there or outside.read_text() == "[log]\n"
+
+
 def test_an_export_makes_a_file_where_there_was_none(tmp_path: Path) -> None:
     """What the daemon can read it as is what was measured."""
-    assert export(tmp_path / "m.toml", settings_for(SETUP))
+    assert export(tmp_path / "m.toml", settings_for(SETUP), within=tmp_path)
     settings = parse_model_settings((tmp_path / "m.toml").read_text(), source="m.toml")
     assert (settings.runtime, settings.device, settings.threads) == ("openvino", "openvino:CPU", 2)
     assert (settings.instances, settings.max_batch_size) == (4, 8)
@@ -116,10 +130,10 @@ def test_what_cannot_be_parsed_is_refused_and_left_alone(tmp_path: Path, content
     path = tmp_path / "m.toml"
     path.write_bytes(content)
     with pytest.raises(ExportError, match='write it by hand: runtime = "openvino"; '):
-        export(path, WANTED)
+        export(path, WANTED, within=tmp_path)
     assert path.read_bytes() == content
     with pytest.raises(ExportError, match="nothing was changed"):
-        export(tmp_path / "nowhere" / "m.toml", WANTED)
+        export(tmp_path / "nowhere" / "m.toml", WANTED, within=tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -197,7 +211,9 @@ def exported_to(models: Path, **row: Any) -> Path:
     with Session(endpoint=None, as_json=False, timeout_s=1.0) as session:
         session._client = Daemon(models, row)  # type: ignore[assignment]  # all of it that is asked here
         try:
-            return _settings_file(session, "m")
+            path, folder = _settings_file(session, "m")
+            assert models == folder
+            return path
         finally:
             session._client = None
 

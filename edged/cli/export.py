@@ -52,13 +52,16 @@ def settings_for(setup: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def export(path: Path, settings: Mapping[str, Any]) -> bool:
+def export(path: Path, settings: Mapping[str, Any], *, within: Path) -> bool:
     """Writes top-level keys into a settings file, made if there is none; whether it changed anything.
 
-    Raises ExportError with the file as it was.
+    A link is followed inside the folder `within` only, as the daemon does: whoever may put one there need not
+    be who runs this. Raises ExportError with the file as it was.
     """
     try:
         real = Path(os.path.realpath(path))
+        if not real.is_relative_to(os.path.realpath(within)):
+            raise ExportError(f"it is a link that leads out of {within}")
         before = _read(real)
         after = edited(before or "", settings)
         if after == before:

@@ -93,11 +93,11 @@ def tune(session: Session, args: argparse.Namespace) -> int:
     done = f"'{args.model}' runs as {setup_text(report['best'])}, and will after a restart"
     if target is not None:
         try:
-            changed = export(target, settings_for(report["best"]))
+            changed = export(target[0], settings_for(report["best"]), within=target[1])
         except ExportError as e:
             raise Failure(f"{done}; but {e}", EXIT_FAILED, reason="NOT_EXPORTED") from None
-        report = {**report, "exported": str(target)}
-        done += f"\n{target} {'says so now' if changed else 'said so already'}"
+        report = {**report, "exported": str(target[0])}
+        done += f"\n{target[0]} {'says so now' if changed else 'said so already'}"
     session.answer(report, done)
     return EXIT_OK
 
@@ -118,8 +118,8 @@ def _interrupts_wait() -> Iterator[None]:
         raise KeyboardInterrupt
 
 
-def _settings_file(session: Session, model: str) -> Path:
-    """Where a model's settings are, or would be; said before anything is measured for it."""
+def _settings_file(session: Session, model: str) -> tuple[Path, Path]:
+    """Where a model's settings are, or would be, and the models folder; said before anything is measured."""
     status = session.client.server_status()
     rows = [row for row in status["models"] if row.get("name") == model and row.get("serving")]
     if not rows:
@@ -137,7 +137,7 @@ def _settings_file(session: Session, model: str) -> Path:
         raise Failure(
             f"{sums} names model.toml: written to, the bundle would not pass; export it where it is made"
         )
-    return path
+    return path, models
 
 
 def _wait(

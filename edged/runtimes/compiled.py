@@ -102,7 +102,7 @@ class Kept:
     def begin(self, key: str, size_bytes: int) -> Path | None:
         """Where to write an entry of about this size; None when there is no place for it."""
         try:
-            if cache_folder(self._folder.parent, self._folder.name) is None:
+            if size_bytes > BYTES_MAX or cache_folder(self._folder.parent, self._folder.name) is None:
                 return None
             disk = os.statvfs(self._folder)
             if disk.f_bavail * disk.f_frsize < FREE_MIN_BYTES + size_bytes:
