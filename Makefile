@@ -34,7 +34,7 @@ test: $(STAMP)  ## run all tests
 	@$(BIN)/python -m pytest
 
 # DEVICE_FLAGS=--may-skip makes a machine that cannot do it no failure; what is skipped is said.
-test-device: $(STAMP)  ## boot a Debian with the packages in it and live a day there; as root (8 minutes)
+test-device: $(STAMP)  ## boot a Debian with the packages in it and live a day there; as root (4 minutes)
 	@$(BIN)/python -m tests.device $(DEVICE_FLAGS)
 
 check: $(STAMP)  ## lint, formatting, types
