@@ -403,6 +403,9 @@ def _check_nested(data: object, where: str, depth: int) -> int:
 VERSION_MAX = (1 << 31) - 1
 """The largest version number: what a signed 32-bit integer of other servers' tools still takes."""
 
+THREADS_MAX = 1024
+"""Of one model, all its instances together: more than any machine of this kind has processors."""
+
 INSTANCES_MAX = 64
 """Of one model: each has a thread and a slot of shared memory, and no device has more cores to give."""
 
@@ -701,8 +704,8 @@ _MODEL_KEYS: tuple[_Key, ...] = (
     _Key(
         "threads",
         "threads",
-        units.whole(1, 1024),
-        "Pins the threads of each instance.",
+        units.whole(1, THREADS_MAX),
+        "Pins the threads of each instance; of all together at most 1024.",
         "the CPUs divided by the instances, or as tuned",
     ),
     _Key(
@@ -1207,7 +1210,11 @@ def parse_model_settings(text: str, *, source: str) -> ModelSettings:
 
 def _model_settings(table: Mapping[str, Any], place: _Place) -> ModelSettings:
     parsed: dict[str, Any] = _parse_table(table, _MODEL_KEYS, place, ())
-    return ModelSettings(**parsed)
+    made = ModelSettings(**parsed)
+    if isinstance(made.instances, int) and made.instances * (made.threads or 1) > THREADS_MAX:
+        problem = f"`threads` × `instances` must be at most {THREADS_MAX}: each is started, not only counted."
+        raise place.error(("threads",), problem)
+    return made
 
 
 # ---- documentation --------------------------------------------------------------------------------------

@@ -213,7 +213,7 @@ class Exporter:
     """The file and the server as the settings want them.
 
     `ask` is the server's way to the page. `aside` runs a task in another thread and returns at once: for a
-    file on a disk, which the loop must not wait for.
+    file on a disk, or a client that is slow, which the loop must not wait for.
     """
 
     def __init__(
@@ -250,7 +250,8 @@ class Exporter:
 
     def _open_server(self, address: tuple[str, int] | None) -> None:
         if self._server is not None:
-            self._server.close()
+            # A client in the middle of its two seconds is waited for, and the loop must not be.
+            self._aside(self._server.close)
             self._server = None
         if address is None:
             return

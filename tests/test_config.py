@@ -292,6 +292,7 @@ def test_empty_settings_are_the_defaults() -> None:
         ("tolerance = { rtol = -1 }\n", "each part must be a number"),
         ("tolerance = 3\n", "`tolerance` must be"),
         ("threads = 0\n", "from 1 to 1024"),
+        ("instances = 64\nthreads = 17\n", "line 2: `threads` × `instances` must be at most 1024"),
         ("instances = 65\n", '"auto" or a whole number from 1 to 64'),
         ('instances = "many"\n', '"auto" or a whole number from 1 to 64'),
         ("golden = 1\n", "`golden` must be"),

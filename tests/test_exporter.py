@@ -141,6 +141,23 @@ def test_an_address_that_is_taken_is_said_and_costs_nothing_else() -> None:
         made.close()
 
 
+def test_a_reload_waits_for_no_client_of_the_old_address() -> None:
+    """Its end may take as long as a slow client: it is another thread's."""
+    tasks: list[Callable[[], None]] = []
+    made = exporter(Log(), tasks.append)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = free.getsockname()
+    made.configure(MetricsConfig(listen=address), 0.0)
+    with socket.create_connection(address, timeout=30):  # says nothing, and so is waited for
+        made.configure(MetricsConfig(), 0.0)
+        assert len(tasks) == 1
+    tasks[0]()
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(address, timeout=30)
+    made.close()
+
+
 # ---------------------------------------------------------------------- HTTP
 
 
