@@ -60,8 +60,8 @@ RUN_HUNG = "a run did not stop when told to"
 
 WAIT_AT_SOCKET_S = 1e-3
 """A worker is given one run more than it executes, to wait at its socket, while its last one is no longer
-than this: a hand-over takes some 50 µs, of which longer runs hardly notice, and what is handed over early
-can neither be overtaken nor join a batch."""
+than this: what is handed over early can neither be overtaken nor join a batch. It has its price: between
+longer runs the worker waits for a hand-over, 50 µs on an idle machine and up to 1 ms on a full one."""
 
 SPIN_RUN_MAX_S, SPIN_S = 100e-6, 150e-6
 """The runs whose answer is looked for without sleeping, and the most that each may cost the supervisor."""
