@@ -118,6 +118,7 @@ def _read_npz(path: Path, specs_in: Mapping[str, TensorSpec], specs_out: Mapping
     inputs: dict[str, Any] = {}
     outputs: dict[str, Any] = {}
     try:
+        # Never a pickle: samples come from the models folder, and unpickling would run what they say.
         with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             for key in file.files:
                 kind, _, tensor = key.partition("/")

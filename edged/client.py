@@ -421,6 +421,7 @@ class Client:
                         break
                     if time.monotonic() >= until:
                         raise DeadlineExceeded(f"{link.path} takes no more requests", reason="SOCKET_FULL")
+                    # Looked for, not waited for: whoever waits for room would hold the link from its readers.
                     time.sleep(FULL_POLL_S)
             finally:
                 if not posted and request.release is not None:
@@ -447,6 +448,7 @@ class Client:
                 except Unavailable:
                     if return_until is None or time.monotonic() >= return_until:
                         raise
+                    # Nothing tells that a daemon is back but a connect(2); `return_until` bounds it.
                     time.sleep(RETURN_POLL_S)
                 else:
                     self._links[socket] = link

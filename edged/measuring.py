@@ -237,7 +237,7 @@ def _race(sides: Sequence[_Side], budget_s: float) -> None:
         if round_number > ROUNDS_MIN and time.monotonic() > deadline:
             break
         for side in sides:
-            time.sleep(pause_s)
+            time.sleep(pause_s)  # time is what is wanted: see PAUSE_S
             times, rate = side.slot(slot_s)
             if round_number:
                 side.times_ns.extend(times)

@@ -393,10 +393,15 @@ class Runner:
                 model.cancel(run_id)
             elif run_id not in self._running:
                 return
+            # No runtime tells that a run can be cancelled from now on; CANCEL_TRIES bounds it.
             time.sleep(CANCEL_PAUSE_S)
 
     def take_out(self, instance: int) -> Loaded | None:
-        """Takes a model away, and returns it when none of its runs is going on any more."""
+        """Takes a model away, and returns it when none of its runs is going on any more.
+
+        A run tells nobody of its end but the supervisor, and must not wait for who might listen: so it is
+        looked for. A run that never ends is the supervisor's to bound: at its limit the worker is killed.
+        """
         loaded = self.models.pop(instance, None)
         if loaded is not None:
             # Whatever began before it was taken away may use it; what begins now does not find it.

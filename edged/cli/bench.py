@@ -149,7 +149,7 @@ def run_slots(
     while any(s.seconds < seconds for s in samples.values()):
         for name, run in targets.items():
             if len(targets) > 1:
-                time.sleep(PAUSE_S)
+                time.sleep(PAUSE_S)  # time is what is wanted: see PAUSE_S
             collect(
                 run, min(_SLOT_S, max(0.0, seconds - samples[name].seconds)), samples[name], rate_hz=rate_hz
             )
@@ -179,7 +179,7 @@ def collect(run: Run, seconds: float, into: Samples, *, rate_hz: float | None) -
                 into.late += 1
                 due = now
             else:
-                time.sleep(due - now)
+                time.sleep(due - now)  # the pace that was asked for
     into.seconds += now - started
 
 
@@ -308,7 +308,7 @@ def _many_clients(
             _stdin(process).flush()
         while (elapsed := time.monotonic() - started) < args.seconds:
             tick(elapsed)
-            time.sleep(min(0.2, args.seconds - elapsed))
+            time.sleep(min(0.2, args.seconds - elapsed))  # for the bar; --seconds bounds it
         merged = Samples()
         spans = []
         for process in processes:
@@ -358,7 +358,7 @@ def _expect_ready(process: subprocess.Popen[bytes]) -> None:
 
 
 def _pack(inputs: Mapping[str, NDArray[Any]]) -> bytes:
-    """Name, dtype, shape and bytes of each input; strings as JSON, since an .npz would need pickle."""
+    """Name, dtype, shape and bytes of each input; strings as JSON, since nothing here may be pickled."""
     head, raws = [], []
     for name, array in inputs.items():
         if array.dtype == object:

@@ -341,7 +341,7 @@ def top(session: Session, args: argparse.Namespace) -> int:
 
 def _once(session: Session, args: argparse.Namespace) -> int:
     before = shoot(session)
-    time.sleep(args.interval)
+    time.sleep(args.interval)  # rates are of this much time, as asked for
     now = shoot(session)
     if now.away:
         session.client.server_metadata()  # raises what `away` says

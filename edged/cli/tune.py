@@ -158,7 +158,7 @@ def _wait(
             now = report.get("measuring")
             what = f" {setup_text(now)}" if now else ""
             progress(f"{bar(share, 1.0)}{what}")
-            time.sleep(POLL_S)
+            time.sleep(POLL_S)  # a person watches: see POLL_S; `until` bounds it
             report = session.client.tune(report["name"], "status", tune=report["id"])
 
 

@@ -8,6 +8,7 @@ daemon tells a service manager how it is. Nothing here sleeps to synchronise: wh
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import select
 import signal
@@ -26,9 +27,10 @@ import pytest
 import zmq
 
 from edged import Client
+from edged.cli.edgectl import main as edgectl_main
 from edged.errors import Unavailable
 
-__all__ = ["ROOT", "WAIT_S", "Daemon", "Raw", "code_of", "descendants", "running_daemon", "until"]
+__all__ = ["ROOT", "WAIT_S", "Daemon", "Edgectl", "Raw", "code_of", "descendants", "running_daemon", "until"]
 
 ROOT = Path(__file__).resolve().parents[2]
 """The repository."""
@@ -108,6 +110,26 @@ class Raw:
 
     def __exit__(self, *exc: object) -> None:
         self.close()
+
+
+class Edgectl:
+    """Runs edgectl in this process and reads what it printed."""
+
+    def __init__(self, endpoint: str, capsys: pytest.CaptureFixture[str]) -> None:
+        self._endpoint = endpoint
+        self._capsys = capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        """Exit status, stdout, stderr."""
+        code = edgectl_main([*arguments, "--endpoint", self._endpoint])
+        out, err = self._capsys.readouterr()
+        return code, out, err
+
+    def json(self, *arguments: str, code: int = 0) -> Any:
+        """The JSON document that it printed."""
+        found, out, err = self(*arguments, "--json")
+        assert found == code, (out, err)
+        return json.loads(out)
 
 
 def code_of(reply: Mapping[str, Any]) -> tuple[str, str]:

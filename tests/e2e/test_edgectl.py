@@ -9,14 +9,13 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 
 from edged.cli.edgectl import main
 from tests import zoo
-from tests.e2e.harness import ROOT, WAIT_S, Daemon, running_daemon, until
+from tests.e2e.harness import ROOT, WAIT_S, Daemon, Edgectl, running_daemon, until
 
 pytestmark = pytest.mark.e2e
 
@@ -29,30 +28,10 @@ def daemon(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Daemon]:
         yield daemon
 
 
-class Edgectl:
-    """Runs edgectl in this process and reads what it printed."""
-
-    def __init__(self, daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> None:
-        self._endpoint = daemon.endpoint
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        """Exit status, stdout, stderr."""
-        code = main([*arguments, "--endpoint", self._endpoint])
-        out, err = self._capsys.readouterr()
-        return code, out, err
-
-    def json(self, *arguments: str, code: int = 0) -> Any:
-        """The JSON document that it printed."""
-        found, out, err = self(*arguments, "--json")
-        assert found == code, (out, err)
-        return json.loads(out)
-
-
 @pytest.fixture
 def edgectl(daemon: Daemon, capsys: pytest.CaptureFixture[str]) -> Edgectl:
     """edgectl with the daemon's endpoint."""
-    return Edgectl(daemon, capsys)
+    return Edgectl(daemon.endpoint, capsys)
 
 
 def test_status_models_and_devices_show_what_is_so(daemon: Daemon, edgectl: Edgectl) -> None:
