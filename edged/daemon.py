@@ -110,6 +110,10 @@ __all__ = ["Daemon", "main"]
 MESSAGES_PER_TURN = 32
 """Taken from one ROUTER before the workers have their turn."""
 
+EXACT_S = 0.05
+"""Waits up to this long end to the microsecond; epoll_wait(2), which has one system call less, rounds up to
+the next millisecond. The moment to hand a run over (`runs.AHEAD_S`) would be past by then."""
+
 FLUSH_S, FLUSH_MAX_S = 0.005, 0.25
 """How often replies that a slow client had no room for are tried again, at first and when nothing moves."""
 
@@ -358,6 +362,9 @@ class Daemon:
             timeout_s = 0.0
         elif timeout_s and self._spin(now_s):
             return
+        if 0.0 < timeout_s < EXACT_S:
+            select.select([self._epoll.fileno()], [], [], timeout_s)
+            timeout_s = 0.0
         self._serve(self._epoll.poll(timeout_s))
 
     def _serve(self, found: Sequence[tuple[int, int]]) -> None:

@@ -1,9 +1,9 @@
 """Runs: which jobs are with which worker, how each run ends, and the one answer that each job gets.
 
-Pure. `submit` takes a request in, or refuses it; `dispatch` hands waiting jobs to a worker's free slots, as
-late as that costs nothing (`WAIT_AT_SOCKET_S`) so that the order and the batches are those of the moment, and
-never waits for more to come unless the owner asked for that (`max_queue_delay`). A run ends in one of four
-ways, and each of its jobs is answered or goes back into the queue:
+Pure. `submit` takes a request in, or refuses it; `dispatch` hands waiting jobs to a worker as late as that
+costs nothing (`AHEAD_MIN_S`), so that the order and the batches are those of the moment, and never waits for
+more to come unless the owner asked for that (`max_queue_delay`). A run ends in one of four ways, and each of
+its jobs is answered or goes back into the queue:
 
 - done: each job gets its rows of the outputs;
 - failed: a job that ran by itself is answered with the error; those of a batch go back to run by themselves,
@@ -58,10 +58,13 @@ RUN_GRACE_S = 2.0
 
 RUN_HUNG = "a run did not stop when told to"
 
-WAIT_AT_SOCKET_S = 1e-3
-"""A worker is given one run more than it executes, to wait at its socket, while its last one is no longer
-than this: what is handed over early can neither be overtaken nor join a batch. It has its price: between
-longer runs the worker waits for a hand-over, 50 µs on an idle machine and up to 1 ms on a full one."""
+AHEAD_MIN_S, AHEAD_MAX_S = 150e-6, 1e-3
+"""How long before a worker is expected to come to its next run it is given it, to wait at its socket: then it
+idles for no hand-over. That takes 50 µs on an idle machine; on a full one the supervisor itself comes late,
+by what is measured. No earlier, since what is handed over can neither be overtaken nor join a batch."""
+
+LATE_GAIN = 0.1
+"""The weight of the newest hand-over in how late they are."""
 
 SPIN_RUN_MAX_S, SPIN_S = 100e-6, 150e-6
 """The runs whose answer is looked for without sleeping, and the most that each may cost the supervisor."""
@@ -126,12 +129,17 @@ class Runs:
         """Called when a job of a draining instance has ended."""
         self._ids = 0
         self._check_s = math.inf
+        self._ahead_s, self._late_s = AHEAD_MIN_S, 0.0
         self._held_until_s: dict[int, float] = {}
-        """Workers for which jobs are held back so that their batch may fill."""
+        """Workers for which jobs are held back, until it is time to hand over or so that a batch may fill."""
 
     def next_due_s(self) -> float:
         """When `tick` has something to do beside deadlines, at the earliest."""
         return min(self._check_s, *self._held_until_s.values()) if self._held_until_s else self._check_s
+
+    def _look_again(self, worker: Worker, at_s: float) -> None:
+        """Has `tick` hand over to a worker at `at_s`; the end of a run does so in any case."""
+        self._held_until_s[worker.id] = min(at_s, self._held_until_s.get(worker.id, math.inf))
 
     # ------------------------------------------------------------------ coming in
 
@@ -157,11 +165,12 @@ class Runs:
         elif len(worker.instances) > 1 or instance.hold_s or scheduler.queued(instance.id):
             scheduler.enqueue(job)
             self.dispatch(worker, now_s)
-        elif self._has_room(worker):
+        elif (hand_over_s := self._begins_s(worker, now_s) - self._ahead_s) <= now_s:
             job.state = JobState.RUNNING
             self._start([job], job.rows, instance, worker, now_s)
         else:
             scheduler.enqueue(job)
+            self._wait_for(worker, hand_over_s)
 
     def _check_in_time(self, job: Job, instance: Instance, worker: Worker, now_s: float) -> None:
         rows = self._scheduler.rows_ahead(job)
@@ -202,29 +211,51 @@ class Runs:
 
     # ------------------------------------------------------------------ handing over
 
-    def _has_room(self, worker: Worker) -> bool:
-        """Whether a worker is to be given one run more."""
-        out = len(worker.runs)
-        if out < worker.concurrency:
-            return True
-        return out == worker.concurrency and self.table[worker.runs[-1]].expected_s < WAIT_AT_SOCKET_S
+    def _begins_s(self, worker: Worker, now_s: float) -> float:
+        """When a worker would begin one run more, as far as is known; infinite while no slot is free."""
+        if not worker.free_slots:
+            return math.inf
+        runs, concurrency, table = worker.runs, worker.concurrency, self.table
+        if len(runs) < concurrency:
+            return now_s
+        running = [table[each] for each in runs[:concurrency]]
+        ends_s = [run.began_s + run.expected_s for run in running]
+        for each in runs[concurrency:]:
+            ends_s.sort()
+            expected_s = table[each].expected_s
+            if not expected_s or ends_s[0] + self._ahead_s < now_s:
+                return math.inf  # of what waits, or of what runs, nobody knows how long it takes
+            ends_s[0] = max(now_s, ends_s[0]) + expected_s
+        return max(now_s, min(ends_s))
+
+    def _wait_for(self, worker: Worker, hand_over_s: float) -> None:
+        """Jobs wait for a worker; where a run waits at its socket already, the end of one is soon enough."""
+        if len(worker.runs) == worker.concurrency:
+            self._look_again(worker, hand_over_s)
 
     def dispatch(self, worker: Worker, now_s: float) -> None:
-        """Hands waiting jobs to a worker's free slots."""
+        """Hands waiting jobs to a worker that is free, or soon will be."""
         scheduler = self._scheduler
+        if self._held_until_s:
+            self._held_until_s.pop(worker.id, None)
         serving = self._serving(worker, now_s)
-        while serving and self._has_room(worker):
+        while serving:
+            begins_s = self._begins_s(worker, now_s)
+            if begins_s - self._ahead_s > now_s:
+                if any(scheduler.queued(each.id) for each in serving):
+                    self._wait_for(worker, begins_s - self._ahead_s)
+                return
             job = scheduler.best(serving, now_s)
             if job is None:
                 return
             instance = self._registry.instances[job.instance]
-            if job.deadline_s != math.inf and self._too_late(job, instance, now_s):
+            if job.deadline_s != math.inf and self._too_late(job, instance, now_s, begins_s):
                 continue
             scheduler.take(job, serving, now_s)
             jobs, rows = [job], job.rows
             if job.shape_key is not None and instance.batch_max > rows:
                 jobs += scheduler.mates(
-                    job, rows_max=self._rows_max(rows, instance, worker), times=instance.times, now_s=now_s
+                    job, rows_max=self._rows_max(rows, instance, worker), times=instance.times, now_s=begins_s
                 )
                 rows = sum([each.rows for each in jobs])
             self._start(jobs, rows, instance, worker, now_s)
@@ -255,13 +286,13 @@ class Runs:
             until_s = min(until_s, deadline_s - turn_s - times.margin_s(turn_s))
         if until_s <= now_s:
             return False
-        self._held_until_s[worker.id] = until_s
+        self._look_again(worker, until_s)
         return True
 
-    def _too_late(self, job: Job, instance: Instance, now_s: float) -> bool:
-        """Answers a job whose turn has come too late, if another waits for its place."""
+    def _too_late(self, job: Job, instance: Instance, now_s: float, begins_s: float) -> bool:
+        """Answers a job that would begin too late, at `begins_s`, if another waits for its place."""
         if job.deadline_s > now_s:
-            in_time = now_s + instance.times.turn_s(job.rows) <= job.deadline_s
+            in_time = begins_s + instance.times.turn_s(job.rows) <= job.deadline_s
             if in_time or self._scheduler.queued(instance.id) == 1:
                 return False
         error = DeadlineExceeded(
@@ -537,7 +568,9 @@ class Runs:
                 instance.times.promised(kept=False)
             self.withdraw(job, error, now_s)
         for worker_id in [w for w, until_s in self._held_until_s.items() if until_s <= now_s]:
-            del self._held_until_s[worker_id]
+            late_s = now_s - self._held_until_s.pop(worker_id)
+            self._late_s += LATE_GAIN * (min(late_s, AHEAD_MAX_S) - self._late_s)
+            self._ahead_s = min(AHEAD_MAX_S, AHEAD_MIN_S + 2.0 * self._late_s)
             if worker_id in self._workers.table:
                 self.dispatch(self._workers.table[worker_id], now_s)
         return now_s >= self._check_s and self._check_limits(now_s)
