@@ -29,7 +29,6 @@ from edged.tensors import TensorSpec
 
 __all__ = [
     "MOVES",
-    "SLOTS_AHEAD",
     "SLOTS_AT_START",
     "Failure",
     "Hooks",
@@ -42,12 +41,8 @@ __all__ = [
     "state_event",
 ]
 
-SLOTS_AHEAD = 3
-"""Runs that may wait at a worker's socket, short ones that is: see `runs.AHEAD_S`. With four clients of a
-model of 10 µs three gave 1.07 to 1.15 times the requests/s of one; four gave no more."""
-
-SLOTS_AT_START = 1 + SLOTS_AHEAD
-"""Of a worker that runs one thing at a time."""
+SLOTS_AT_START = 2
+"""Of a worker that runs one thing at a time: one more may wait at its socket, so that it never idles."""
 
 BACKOFF_FIRST_S, BACKOFF_MAX_S = 0.5, 60.0
 """The pause before a restart: none after the first crash, then doubling."""
@@ -154,7 +149,7 @@ class Worker:
     about: dict[int, dict[str, str]] = field(default_factory=dict)
     """What a line of the log about it says of each instance in it, and when it is empty of the last one."""
     concurrency: int = 1
-    """How many runs it executes at once; it has SLOTS_AHEAD more slots than that."""
+    """How many runs it executes at once; it has one slot more than that."""
     free_slots: list[int] = field(default_factory=lambda: list(range(SLOTS_AT_START)))
     runs: list[int] = field(default_factory=list)
     """What it was given and has not finished, the oldest first; the first `concurrency` may be running."""
@@ -169,7 +164,7 @@ class Worker:
     def widen(self, concurrency: int) -> None:
         """It has told that it executes this many runs at once; it never takes that back."""
         if concurrency > self.concurrency:
-            self.free_slots += range(self.concurrency + SLOTS_AHEAD, concurrency + SLOTS_AHEAD)
+            self.free_slots += range(self.concurrency + 1, concurrency + 1)
             self.concurrency = concurrency
 
 

@@ -324,7 +324,6 @@ class WorkerProcess:
         self._ended: str | None = None
         self._kill_asked = False
         self._fault = ""
-        self._slots_ahead = arena.slots - 1
         self._buffer = bytearray(PACKET_BYTES_MAX)
         self._runs: set[int] = set()
         self._loads: set[int] = set()
@@ -334,19 +333,15 @@ class WorkerProcess:
         return f"<WorkerProcess {self.runtime} pid={self.pid} {self._ended or 'running'}>"
 
     def widen(self, concurrency: int) -> bool:
-        """Gives the worker slots for so many runs at once beside those ahead; False when its socket is full.
+        """Gives the worker slots for so many runs at once and one more; False when its socket is full.
 
         It never has fewer again. Raises WorkerGone, and OSError when the system has no memory for them.
         """
-        while self.arena.slots < concurrency + self._slots_ahead:
+        while self.arena.slots < concurrency + 1:
             slot = self.arena.add_slot()
             if not self.send_control(["slot", slot], self.arena.fd(slot)):
                 return False
         return True
-
-    def _check_slots(self, concurrency: int) -> None:
-        if concurrency > self.arena.slots - self._slots_ahead:
-            raise ValueError(f"{concurrency} runs at once, with {self.arena.slots} slots")
 
     def send_run(self, packet: list[Any]) -> bool:
         """Sends a run; False when the worker's socket is full. Raises WorkerGone."""
@@ -390,8 +385,10 @@ class WorkerProcess:
                         continue  # another worker's, or withdrawn
                     if packet[0] != "proving":
                         self._loads.remove(packet[1])
-                    if packet[0] == "loaded":
-                        self._check_slots(packet[2]["instances"])
+                    if packet[0] == "loaded" and packet[2]["instances"] >= self.arena.slots:
+                        raise ValueError(
+                            f"{packet[2]['instances']} runs at once, with {self.arena.slots} slots"
+                        )
                 heard.append(packet)
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise self._gone_wrong(e) from None

@@ -139,7 +139,8 @@ class Runs:
 
     def _look_again(self, worker: Worker, at_s: float) -> None:
         """Has `tick` hand over to a worker at `at_s`; the end of a run does so in any case."""
-        self._held_until_s[worker.id] = min(at_s, self._held_until_s.get(worker.id, math.inf))
+        if at_s != math.inf:
+            self._held_until_s[worker.id] = min(at_s, self._held_until_s.get(worker.id, math.inf))
 
     # ------------------------------------------------------------------ coming in
 
@@ -170,7 +171,7 @@ class Runs:
             self._start([job], job.rows, instance, worker, now_s)
         else:
             scheduler.enqueue(job)
-            self._wait_for(worker, hand_over_s)
+            self._look_again(worker, hand_over_s)
 
     def _check_in_time(self, job: Job, instance: Instance, worker: Worker, now_s: float) -> None:
         rows = self._scheduler.rows_ahead(job)
@@ -212,26 +213,13 @@ class Runs:
     # ------------------------------------------------------------------ handing over
 
     def _begins_s(self, worker: Worker, now_s: float) -> float:
-        """When a worker would begin one run more, as far as is known; infinite while no slot is free."""
-        if not worker.free_slots:
-            return math.inf
+        """When a worker would begin one run more, as far as is known; infinite while one waits already."""
         runs, concurrency, table = worker.runs, worker.concurrency, self.table
         if len(runs) < concurrency:
             return now_s
-        running = [table[each] for each in runs[:concurrency]]
-        ends_s = [run.began_s + run.expected_s for run in running]
-        for each in runs[concurrency:]:
-            ends_s.sort()
-            expected_s = table[each].expected_s
-            if not expected_s or ends_s[0] + self._ahead_s < now_s:
-                return math.inf  # of what waits, or of what runs, nobody knows how long it takes
-            ends_s[0] = max(now_s, ends_s[0]) + expected_s
-        return max(now_s, min(ends_s))
-
-    def _wait_for(self, worker: Worker, hand_over_s: float) -> None:
-        """Jobs wait for a worker; where a run waits at its socket already, the end of one is soon enough."""
-        if len(worker.runs) == worker.concurrency:
-            self._look_again(worker, hand_over_s)
+        if len(runs) > concurrency:
+            return math.inf
+        return max(now_s, min([table[each].began_s + table[each].expected_s for each in runs]))
 
     def dispatch(self, worker: Worker, now_s: float) -> None:
         """Hands waiting jobs to a worker that is free, or soon will be."""
@@ -243,7 +231,7 @@ class Runs:
             begins_s = self._begins_s(worker, now_s)
             if begins_s - self._ahead_s > now_s:
                 if any(scheduler.queued(each.id) for each in serving):
-                    self._wait_for(worker, begins_s - self._ahead_s)
+                    self._look_again(worker, begins_s - self._ahead_s)
                 return
             job = scheduler.best(serving, now_s)
             if job is None:
@@ -569,10 +557,10 @@ class Runs:
             self.withdraw(job, error, now_s)
         for worker_id in [w for w, until_s in self._held_until_s.items() if until_s <= now_s]:
             late_s = now_s - self._held_until_s.pop(worker_id)
-            self._late_s += LATE_GAIN * (min(late_s, AHEAD_MAX_S) - self._late_s)
-            self._ahead_s = min(AHEAD_MAX_S, AHEAD_MIN_S + 2.0 * self._late_s)
             if worker_id in self._workers.table:
                 self.dispatch(self._workers.table[worker_id], now_s)
+            self._late_s += LATE_GAIN * (min(late_s, AHEAD_MAX_S) - self._late_s)
+            self._ahead_s = min(AHEAD_MAX_S, AHEAD_MIN_S + 2.0 * self._late_s)
         return now_s >= self._check_s and self._check_limits(now_s)
 
     def _check_limits(self, now_s: float) -> bool:

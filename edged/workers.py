@@ -68,9 +68,7 @@ class Workers:
         )
         worker.memory_max_bytes = instance.settings.memory_max_bytes
         self.table[worker.id] = worker
-        slots = (
-            self.setup_of(instance, candidate).instances + 1
-        )  # more than one ahead are short runs, and small
+        slots = self.setup_of(instance, candidate).instances + 1
         messages = max(SLOT_MESSAGES, ARENA_MESSAGES // slots)
         self._around.emit(
             StartWorker(

@@ -30,7 +30,7 @@ from edged.events import (
     ShutdownAsked,
     StartRun,
 )
-from edged.instances import SLOTS_AHEAD, InstanceState
+from edged.instances import SLOTS_AT_START, InstanceState
 from edged.messages import InputTensor, OutputRef, Peer, Request
 from edged.runs import AHEAD_MAX_S, AHEAD_MIN_S, RUN_GRACE_S, RUN_LIMIT_S
 from tests.world import CPU, CUDA, MIB, OV_CPU, PEER, World, config, sample
@@ -47,9 +47,6 @@ def ready_world(*, batch_max: int = 1, instances: int = 1, **settings: Any) -> W
 
 
 # ---- any sequence of events -----------------------------------------------------------------------------
-
-AT_ONCE = 2
-"""What a worker has while nothing is known of its runs: one runs, and one waits at its socket."""
 
 CLIENTS = st.sampled_from([b"\0a", b"\0b", b"\0d"])
 PEERS = {b"\0a": PEER, b"\0b": PEER, b"\0d": Peer(1000, 1000, 77)}
@@ -380,8 +377,8 @@ def test_each_refusal_has_its_reason(fields: dict[str, Any], reason: str) -> Non
 def test_a_worker_has_two_requests_at_once_and_the_rest_wait() -> None:
     """The second waits at the worker so that it never idles; the queue has its bound."""
     world = ready_world()
-    keys = [world.infer(client=bytes([0, i // 8])) for i in range(AT_ONCE + 8)]
-    assert len(world.process().runs) == AT_ONCE
+    keys = [world.infer(client=bytes([0, i // 8])) for i in range(SLOTS_AT_START + 8)]
+    assert len(world.process().runs) == SLOTS_AT_START
     over = world.infer(client=b"\0z")
     assert world.answer(over) == "QUEUE_FULL"
     world.finish_runs()
@@ -402,7 +399,7 @@ def test_a_deadline_is_kept_whether_it_waits_or_runs() -> None:
     keys = [world.infer(timeout=500_000) for _ in range(4)]
     world.pass_time(0.6)
     assert [world.answer(k) for k in keys] == ["DEADLINE_PASSED"] * 4
-    assert len([e for e in world.effects if isinstance(e, CancelRun)]) == AT_ONCE
+    assert len([e for e in world.effects if isinstance(e, CancelRun)]) == SLOTS_AT_START
     later = world.infer()
     world.finish_runs()
     assert isinstance(world.answer(later), SendResult)
@@ -484,7 +481,7 @@ def outcomes(world: World, keys: list[Any]) -> list[str]:
 
 def filled(world: World, count: int, **fields: Any) -> list[Any]:
     """So many requests that wait behind the two that the worker has; those two end first."""
-    for _ in range(AT_ONCE):
+    for _ in range(SLOTS_AT_START):
         world.infer(client=b"\0first")
     return [world.infer(**fields) for _ in range(count)]
 
@@ -529,7 +526,7 @@ def test_one_bad_row_fails_nobody_else() -> None:
     """The jobs of a batch that failed run again by themselves; who fails then is told so."""
     world = ready_world(batch_max=8)
     keys = filled(world, 3)
-    for _ in range(AT_ONCE):
+    for _ in range(SLOTS_AT_START):
         world.finish_run(world.process())
         world.settle()
     assert [len(run.jobs) for run in world.process().runs] == [3]
@@ -588,7 +585,7 @@ def test_a_crash_in_a_batch_blames_who_crashes_again() -> None:
     """All of it run once more by themselves; the others are answered."""
     world = ready_world(batch_max=8)
     keys = filled(world, 3)
-    for _ in range(AT_ONCE):
+    for _ in range(SLOTS_AT_START):
         world.finish_run(world.process())
         world.settle()
     world.crash(world.process())
@@ -603,7 +600,7 @@ def test_who_ends_the_worker_takes_no_neighbour_along() -> None:
     """Even where it is the first to run again: the others wait through the pause that follows."""
     world = ready_world(batch_max=8)
     keys = filled(world, 3)
-    for _ in range(AT_ONCE):
+    for _ in range(SLOTS_AT_START):
         world.finish_run(world.process())
         world.settle()
     for _ in range(2):
@@ -619,7 +616,7 @@ def test_a_batch_goes_on_for_as_long_as_somebody_wants_it() -> None:
     """Cancelling one of it answers that one; the run is stopped with the last."""
     world = ready_world(batch_max=8)
     keys = filled(world, 3)
-    for _ in range(AT_ONCE):
+    for _ in range(SLOTS_AT_START):
         world.finish_run(world.process())
         world.settle()
     for index, (client, request_id) in enumerate(keys):
@@ -686,17 +683,6 @@ def test_who_is_late_hands_over_earlier() -> None:
     assert len(world.process().runs) == 2
 
 
-def test_several_short_runs_wait_at_the_worker() -> None:
-    """For as long as all of them together are over in a moment; where nothing is known one waits."""
-    for times, waiting in (([[1, 10]], SLOTS_AHEAD), ([[1, 60]], 2), ([[1, 1000]], 0), ([], 1)):
-        world = ready_world()
-        world.serving().times = RunTimes(times)
-        keys = [world.infer() for _ in range(6)]
-        assert len(world.process().runs) == 1 + waiting
-        world.finish_runs()
-        assert outcomes(world, keys) == ["ok"] * 6
-
-
 def test_long_runs_are_handed_over_one_by_one() -> None:
     """So that a request of priority 1 waits for the run that runs, and for no other."""
     world = ready_world()
@@ -733,11 +719,11 @@ def test_a_batch_may_be_waited_for_where_the_owner_says_so() -> None:
 
 def test_a_batch_is_as_large_as_it_pays_or_as_the_owner_says() -> None:
     """Rows that cost what a run costs are not put together, unless `max_batch_size` asks for it."""
-    for owners, jobs in (({}, [1, 1, 1]), ({"max_batch_size": 4}, [3])):
+    for owners, jobs in (({}, [1, 1]), ({"max_batch_size": 4}, [3])):
         world = ready_world(batch_max=4, **owners)
         world.serving().times = RunTimes([[1, 60], [2, 120], [4, 240]])
         filled(world, 3, size=1)
-        for _ in range(AT_ONCE):
+        for _ in range(SLOTS_AT_START):
             world.finish_run(world.process())
             world.settle()
         assert [len(run.jobs) for run in world.process().runs] == jobs
@@ -880,7 +866,7 @@ def test_a_new_configuration_holds_for_what_can_change() -> None:
     new = config(limits__queue_length=1, log__level="debug")
     world.send(ConfigChanged(new))
     assert [e.level for e in world.effects if isinstance(e, SetLogLevel)] == ["debug"]
-    for _ in range(AT_ONCE + 1):
+    for _ in range(SLOTS_AT_START + 1):
         world.infer()
     assert world.answer(world.infer()) == "QUEUE_FULL"
 
