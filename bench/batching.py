@@ -58,6 +58,7 @@ def measure(progress: Progress, effort: Effort) -> Section:
             stack.callback(daemon.close)
             file = daemon.put(network.name, network.model)
             daemon.put(f"{network.name}-off", network.model, PINNED + "max_batch_size = 1\n")
+            daemon.put(f"{network.name}-two", network.model, PINNED + "instances = 2\n")
             daemon.start()
             served = Target("client", daemon.endpoint, network.name, shape=network.shape)
             claims.append(_saturated(stack, daemon, network, served, file, rows, progress, effort))
@@ -99,20 +100,21 @@ def _saturated(
             threads=len(os.sched_getaffinity(0)),
         )
         bare[batch] = stack.enter_context(opened(target))
-    on = stack.enter_context(Crowd([served] * CLIENTS))
-    off = stack.enter_context(Crowd([replace(served, model=f"{network.name}-off")] * CLIENTS))
     variants = {
         f"bare, batch {batch}": partial(_rows_hz, ask, batch, effort.slot_s) for batch, ask in bare.items()
     }
-    variants["edged"] = lambda: on.saturate(IN_FLIGHT, effort.slot_s).requests_hz
-    variants["edged, `max_batch_size = 1`"] = lambda: off.saturate(IN_FLIGHT, effort.slot_s).requests_hz
+    settings = {"edged": "", "edged, `instances = 2`": "-two", "edged, `max_batch_size = 1`": "-off"}
+    for name, suffix in settings.items():
+        crowd = stack.enter_context(Crowd([replace(served, model=network.name + suffix)] * CLIENTS))
+        variants[name] = lambda crowd=crowd: crowd.saturate(IN_FLIGHT, effort.slot_s).requests_hz
     rate = {name: median(each) for name, each in turns(variants, effort).items()}
     best = max((name for name in rate if name.startswith("bare")), key=lambda name: rate[name])
-    together = {"edged": _rows_a_run(daemon, network.name)}
+    own = max(settings, key=lambda name: rate[name])
+    together = {name: _rows_a_run(daemon, network.name + suffix) for name, suffix in settings.items()}
     for name, hz in rate.items():
         rows.append((network.name, name, f"{hz:,.0f}", f"{hz / rate[best]:.2f}", together.get(name, "")))
     text = f"{network.name} at saturation, rows/s over the bare runtime's at its best batch"
-    return at_least(text, rate["edged"] / rate[best], network.goal, note=f"against {best}")
+    return at_least(text, rate[own] / rate[best], network.goal, note=f"{own}, against {best}")
 
 
 def _rows_hz(ask: Ask, batch: int, seconds: float) -> float:
