@@ -160,6 +160,7 @@ class Exchange:
                     if leads:
                         self._leader = pending
                         self._leader_sleeps = True
+                        pending.baton = None  # Who leads is woken in poll(2), not by a baton.
                     elif pending.baton is None:
                         pending.baton = threading.Lock()
                         pending.baton.acquire()

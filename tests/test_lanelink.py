@@ -21,6 +21,7 @@ from edged import Client, errors
 from edged import client as client_module
 from edged.arrays import RawTensor
 from edged.clientwire import InferPlan, Recipe, form_of
+from edged.lanelink import LaneLink
 from tests.test_client import LARGE, Peer
 
 SMALL = np.float32([1, 2])
@@ -33,6 +34,8 @@ class LanePeer(Peer):
     def __init__(self, directory: Path) -> None:
         self.mode = ""
         self.by_lane: list[dict[str, Any]] = []
+        self.held_by_lane: list[tuple[unix.socket, dict[str, Any]]] = []
+        """Requests that `send_held` answers, where its mode is to hold them."""
         self.awake = threading.Event()
         """Until then it reads nothing, where its mode is to sleep."""
         self.lane_path = directory / "lease.sock"
@@ -78,8 +81,10 @@ class LanePeer(Peer):
                     connection.send(msgpack.packb({"id": request["id"], "error": error}))
                     continue
                 self.by_lane.append(request)
+                if self.mode == "holds":
+                    self.held_by_lane.append((connection, request))
                 self.arrived.release()
-                if self.mode == "is silent":
+                if self.mode in ("is silent", "holds"):
                     continue
                 if self.mode == "says nonsense":
                     connection.send(b"\xc1")
@@ -103,6 +108,11 @@ class LanePeer(Peer):
             error = {"code": "UNIMPLEMENTED", "message": "no", "reason": "WRONG_SOCKET"}
             packed = msgpack.packb({"id": request["id"], "error": error})
         return packed
+
+    def send_held(self, at: int) -> None:
+        """Answers one of the requests that it holds, counted in the order in which they came."""
+        connection, request = self.held_by_lane[at]
+        connection.send(self.lane_reply(request))
 
     def stop(self) -> None:
         super().stop()
@@ -130,6 +140,12 @@ def peer(tmp_path: Path) -> Iterator[LanePeer]:
 def client(peer: LanePeer) -> Iterator[Client]:
     with Client(peer.endpoint, timeout=10) as client:
         yield client
+
+
+def drain(arrived: threading.Semaphore) -> None:
+    """Forgets which requests have arrived."""
+    while arrived.acquire(blocking=False):
+        pass
 
 
 def double(client: Client, value: float = 1, **kinds: Any) -> float:
@@ -278,8 +294,7 @@ def test_a_connection_that_is_lost_is_made_anew(client: Client, peer: LanePeer) 
     peer.mode = "is silent"
     got: list[float] = []
     thread = threading.Thread(target=lambda: got.append(double(client, 5)))
-    while peer.arrived.acquire(blocking=False):
-        pass
+    drain(peer.arrived)
     thread.start()
     assert peer.arrived.acquire(timeout=10)
     peer.mode = ""
@@ -288,6 +303,48 @@ def test_a_connection_that_is_lost_is_made_anew(client: Client, peer: LanePeer) 
     assert got == [10.0]
     assert len(peer.connections) == 3
     assert not peer.seen
+
+
+@pytest.mark.parametrize("follows", [False, True])
+def test_a_reply_that_is_read_by_another(
+    peer: LanePeer, follows: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wakes the one who leads though it came just before he sleeps; also one who followed another first."""
+    with Client(peer.endpoint, timeout=60) as client:
+        assert double(client) == 2
+        peer.mode = "holds"
+        got: list[float] = []
+        threads = [threading.Thread(target=lambda: got.append(double(client, 3))) for _ in range(1 + follows)]
+        link = client._links["lease.sock"]
+        assert isinstance(link, LaneLink)
+        sleep, sleeps, may_sleep = link._sleep, threading.Semaphore(0), threading.Semaphore(int(follows))
+
+        def sleep_later(timeout_s: float) -> None:
+            sleeps.release()
+            assert may_sleep.acquire(timeout=10)
+            sleep(timeout_s)
+
+        monkeypatch.setattr(link, "_sleep", sleep_later)
+        drain(peer.arrived)
+        for thread in threads:
+            thread.start()
+            assert peer.arrived.acquire(timeout=10)
+        if follows:
+            assert sleeps.acquire(timeout=10)
+            peer.send_held(0)
+            threads[0].join(10)
+        assert sleeps.acquire(timeout=10)
+        with link._lock:
+            peer.send_held(-1)
+            link._drain()
+            assert not link._pendings
+        may_sleep.release()
+        threads[-1].join(10)
+        assert not threads[-1].is_alive()
+        assert got == [6.0] * len(threads)
+        monkeypatch.undo()
+        peer.mode = ""
+        assert double(client, 4) == 8
 
 
 def test_close_wakes_who_waits(client: Client, peer: LanePeer) -> None:
