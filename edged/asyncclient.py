@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Mapping, Sequence
 from types import TracebackType
@@ -53,6 +54,7 @@ class AsyncClient:
         self._timeout_s = timeout_seconds(timeout)
         self._links: dict[str, _LoopLink] = {}
         self._leases = Leases()
+        self._plan = functools.partial(InferPlan, locate=self._leases.locate)
         self._connecting: dict[str, asyncio.Task[_LoopLink]] = {}
         self._closed = False
 
@@ -72,15 +74,7 @@ class AsyncClient:
         until = time.monotonic() + timeout_s
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, await self.model_metadata(model, version, timeout=timeout_s))
-        plan = InferPlan(
-            model,
-            inputs,
-            version=version,
-            outputs=outputs,
-            priority=priority,
-            out=out,
-            locate=self._leases.locate,
-        )
+        plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
 
         async def prepare(link: Link) -> Request:
             self._leases.check(plan.memories)

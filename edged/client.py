@@ -10,6 +10,7 @@ A Client may be used by any number of threads at once, and survives a fork: the 
 from __future__ import annotations
 
 import contextlib
+import functools
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -25,30 +26,35 @@ from edged.clientwire import (
     InferResult,
     Place,
     Recipe,
-    RecipeRequest,
     Request,
     answer,
-    form_of,
     knows_region,
     needs_metadata,
     question,
     read_infer,
+    suit_recipe,
     timeout_seconds,
     typed_inputs,
 )
 from edged.errors import DeadlineExceeded, FailedPrecondition, Unavailable
 from edged.exchange import Exchange, LinkState, Pending, timeout_us
-from edged.lanelink import LANE_RETRY_S, LANE_SOCKET, LaneLink, NotByLane, Scope, refused_here
+from edged.lanelink import LANE_RETRY_S, LANE_SOCKET, LaneLink, NotByLane, Scope, raise_if_refused
 from edged.lease import Lease, Leases
 from edged.link import FULL_POLL_S, RETURN_POLL_S, RETURN_S_MAX, EventLink, Link, find_socket
 
 __all__ = ["Client", "EventStream", "InferResult", "PendingResult"]
 
-_RECIPES_MAX = 64
-"""Forms of requests that a client keeps in mind; an app has a few. Then it begins anew."""
+_RECIPES_MAX = 8
+"""Forms of requests for one model that a client keeps in mind, the newest first; an app has one or two."""
+
+_RECIPE_MODELS_MAX = 64
+"""Models for which it keeps them. Then it begins anew."""
 
 _LARGE_MODELS_MAX = 256
 """Models whose answers did not fit into a packet; then all are tried again."""
+
+_What = Request | Callable[[Exchange], Request]
+"""What is sent, or what makes it for one link and anew for the next."""
 
 
 class PendingResult:
@@ -107,9 +113,10 @@ class Client:
         self._fast = fast
         self._no_lane_before = 0.0
         self._large_models: set[str] = set()
-        self._recipes: dict[tuple[Any, ...], Recipe] = {}
+        self._recipes: dict[str, tuple[Recipe, ...]] = {}
         self._links: dict[str, Exchange] = {}
         self._leases = Leases()
+        self._plan = functools.partial(InferPlan, locate=self._leases.locate)
         self._connecting = threading.Lock()
         self._closed = False
 
@@ -138,23 +145,13 @@ class Client:
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
         if out is None:
-            form = form_of(model, inputs, version=version, outputs=outputs, priority=priority)
-            if form is not None:
-                recipe = self._recipes.get(form) or self._new_recipe(form, model, inputs, version, outputs)
-                request = RecipeRequest(recipe, inputs)
-                header, frames = self._infer(model, lambda _: request, until, by_lane=self._fast)
+            request = self._by_recipe(model, inputs, version, outputs, priority)
+            if request is not None:
+                header, frames = self._infer(model, request, until, by_lane=self._fast)
                 return read_infer(header, frames)
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
-        plan = InferPlan(
-            model,
-            inputs,
-            version=version,
-            outputs=outputs,
-            priority=priority,
-            out=out,
-            locate=self._leases.locate,
-        )
+        plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
         prepare = self._preparing(plan, until)
         by_lane = self._fast and not plan.needs_frames
         header, frames = self._infer(model, prepare, until, by_lane=by_lane)
@@ -165,38 +162,46 @@ class Client:
             header, frames = self._infer(model, prepare, until, by_lane=by_lane)
         return read_infer(header, frames, plan.places)
 
-    def _new_recipe(
+    def _by_recipe(
         self,
-        form: tuple[Any, ...],
         model: str,
-        inputs: Mapping[str, Array],
+        inputs: Mapping[str, Any],
         version: str | int | None,
         outputs: Sequence[str] | None,
-    ) -> Recipe:
-        if len(self._recipes) >= _RECIPES_MAX:
+        priority: int,
+    ) -> Request | None:
+        """The request if it is made of small arrays, by the recipe of one like it that went before."""
+        wanted = None if outputs is None else list(outputs)
+        known = self._recipes.get(model, ())
+        for recipe in known:
+            request = recipe.request(inputs, version, wanted, priority)
+            if request is not None:
+                return request
+        if not suit_recipe(inputs):
+            return None
+        if len(self._recipes) >= _RECIPE_MODELS_MAX:
             self._recipes = {}
-        recipe = Recipe(model, inputs, version=version, outputs=outputs, priority=form[2])
-        self._recipes[form] = recipe
-        return recipe
+        recipe = Recipe(model, inputs, version=version, outputs=wanted, priority=priority)
+        self._recipes[model] = (recipe, *known[: _RECIPES_MAX - 1])
+        return recipe.request(inputs, version, wanted, priority)
 
     def _infer(
-        self, model: str, prepare: Callable[[Exchange], Request], until: float, *, by_lane: bool
+        self, model: str, what: _What, until: float, *, by_lane: bool
     ) -> tuple[dict[str, Any], Sequence[Any]]:
         """Over the fast lane if that can be, else over ZeroMQ."""
         if by_lane and model not in self._large_models and time.monotonic() >= self._no_lane_before:
             try:
-                reply = self._exchange(LANE_SOCKET, prepare, until, resend=True)
-                refusal = refused_here(reply[0])
-                if refusal is None:
-                    return reply
-                raise refusal
+                reply = self._exchange(LANE_SOCKET, what, until, resend=True)
+                if "error" in reply[0]:
+                    raise_if_refused(reply[0])
+                return reply
             except NotByLane as e:
                 if e.scope is Scope.DAEMON:
                     self._no_lane_before = time.monotonic() + LANE_RETRY_S
                 elif e.scope is Scope.MODEL:
                     known = self._large_models
                     self._large_models = {model} if len(known) >= _LARGE_MODELS_MAX else known | {model}
-        return self._exchange(INFER_SOCKET, prepare, until, resend=True)
+        return self._exchange(INFER_SOCKET, what, until, resend=True)
 
     def submit(
         self,
@@ -218,15 +223,7 @@ class Client:
         until = time.monotonic() + timeout_s
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
-        plan = InferPlan(
-            model,
-            inputs,
-            version=version,
-            outputs=outputs,
-            priority=priority,
-            out=out,
-            locate=self._leases.locate,
-        )
+        plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
         pending = Pending()
         link = self._post(INFER_SOCKET, self._preparing(plan, until, copies=True), pending, until)
         return PendingResult(link, pending, until, plan.places, self._leases)
@@ -359,7 +356,7 @@ class Client:
     ) -> dict[str, Any]:
         until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
         request = question(method, name, version, fields or {})
-        header, _ = self._exchange(socket, lambda _: request, until, resend=socket == INFER_SOCKET)
+        header, _ = self._exchange(socket, request, until, resend=socket == INFER_SOCKET)
         return answer(header)
 
     def _preparing(
@@ -383,27 +380,33 @@ class Client:
         return prepare
 
     def _exchange(
-        self, socket: str, prepare: Callable[[Exchange], Request], until: float, *, resend: bool
+        self, socket: str, what: _What, until: float, *, resend: bool
     ) -> tuple[dict[str, Any], Sequence[Any]]:
         """The reply's header and frames; sends once more after a lost connection, if `resend`."""
         return_until: float | None = None
         while True:
             pending = Pending()
-            link = self._post(socket, prepare, pending, until, return_until)
-            if not link.wait(pending, until):
+            link = self._links.get(socket)
+            # The short way, if there is one: for what depends on no link.
+            if not (
+                isinstance(link, LaneLink) and isinstance(what, Request) and link.ask(what, pending, until)
+            ):
+                link = self._post(socket, what, pending, until, return_until)
+                link.wait(pending, until)
+            if pending.header is None:
                 link.forget(pending)
-            if pending.lost and resend and not self._closed and time.monotonic() < until:
-                resend = False
-                return_until = min(until, time.monotonic() + RETURN_S_MAX)
-                continue
-            if pending.lost and not self._closed and isinstance(link, LaneLink) and not link.answered:
-                raise NotByLane(Scope.DAEMON)  # of several threads only the first was told that it is so
+                if pending.lost and resend and not self._closed and time.monotonic() < until:
+                    resend = False
+                    return_until = min(until, time.monotonic() + RETURN_S_MAX)
+                    continue
+                if pending.lost and not self._closed and isinstance(link, LaneLink) and not link.answered:
+                    raise NotByLane(Scope.DAEMON)  # of several threads only the first was told that it is so
             return pending.reply(link.path), pending.frames
 
     def _post(
         self,
         socket: str,
-        prepare: Callable[[Exchange], Request],
+        what: _What,
         pending: Pending,
         until: float,
         return_until: float | None = None,
@@ -413,7 +416,7 @@ class Client:
             link = self._links.get(socket)
             if link is None or link.state is not LinkState.OPEN:
                 link = self._connect(socket, until, return_until)
-            request = prepare(link)
+            request = what if isinstance(what, Request) else what(link)
             posted = False
             try:
                 while not (posted := link.post(request, pending, timeout_us(until))):

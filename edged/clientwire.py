@@ -43,13 +43,13 @@ __all__ = [
     "RecipeRequest",
     "Request",
     "answer",
-    "form_of",
     "infer_request",
     "knows_region",
     "needs_metadata",
     "question",
     "read_infer",
     "socket_paths",
+    "suit_recipe",
     "timeout_seconds",
     "typed_inputs",
 ]
@@ -113,15 +113,13 @@ class Request:
 
 
 class Recipe:
-    """The form of requests that differ in nothing but their bytes, packed once.
+    """The form of requests for one model that differ in nothing but their bytes, packed once.
 
-    An app asks for the same thing again and again: then all that is made anew is what changes. Two
-    requests are of one form when `form_of` says the same of them.
+    An app asks for the same thing again and again: then all that is made anew is what changes. It is for
+    inputs that `suit_recipe`.
     """
 
-    __slots__ = ("_between", "_first", "_last")
-
-    _CHANGING = struct.Struct(">Q4sQ")  # timeout, then the key `id` and the byte that begins its value
+    __slots__ = ("_first", "_last", "_outputs", "_priority", "_tensors", "_version")
 
     def __init__(
         self,
@@ -129,9 +127,12 @@ class Recipe:
         inputs: Mapping[str, Array],
         *,
         version: str | int | None,
-        outputs: Sequence[str] | None,
+        outputs: list[str] | None,
         priority: int,
     ) -> None:
+        self._version = version
+        self._outputs = outputs
+        self._priority = priority
         pack = msgpack.packb
         head: dict[str, Any] = {"method": "model_infer", "model_name": model}
         if version is not None:
@@ -146,62 +147,61 @@ class Recipe:
         parts += [pack("timeout"), b"\xcf"]  # and the 8 bytes of an unsigned int
         self._first = b"".join(parts)
         before = pack("inputs") + msgpack.Packer().pack_array_header(len(inputs))
-        self._between: list[bytes] = []
+        self._tensors: list[tuple[str, np.dtype[Any], tuple[int, ...], bytes]] = []
         for name, array in inputs.items():
             tensor = {"name": name, "datatype": datatype_of(array.dtype), "shape": list(array.shape)}
             packed = bytes([0x80 | len(tensor) + 1]) + pack(tensor)[1:] + pack("data")
-            length = array.nbytes
-            self._between.append(before + packed + b"\xc5" + length.to_bytes(2, "big"))  # bin 16
+            before += packed + b"\xc5" + array.nbytes.to_bytes(2, "big")  # bin 16
+            self._tensors.append((name, array.dtype, array.shape, before))
             before = b""
         self._last = before
 
-    def packed(self, inputs: Mapping[str, Array], request_id: int, timeout_us: int) -> bytes:
-        """A request of this form."""
-        parts = [self._first, self._CHANGING.pack(timeout_us, b"\xa2id\xcf", request_id)]
-        for between, array in zip(self._between, inputs.values(), strict=True):
-            parts.append(between)
+    def request(
+        self, inputs: Mapping[str, Any], version: str | int | None, outputs: list[str] | None, priority: int
+    ) -> RecipeRequest | None:
+        """The request for these, which are copied; None where they are of another form."""
+        if version != self._version or outputs != self._outputs or priority != self._priority:
+            return None
+        if len(inputs) != len(self._tensors):
+            return None
+        parts = [self._first, b""]
+        for (name, dtype, shape, before), (given, array) in zip(self._tensors, inputs.items(), strict=True):
+            if given != name or type(array) is not np.ndarray or array.shape != shape or array.dtype != dtype:
+                return None
+            parts.append(before)
             parts.append(array.tobytes())
         parts.append(self._last)
-        return b"".join(parts)
+        return RecipeRequest(parts)
 
 
 class RecipeRequest(Request):
-    """A request by a recipe: small arrays and nothing else."""
+    """A request by a recipe: small arrays and nothing else. It has no header but the packed one."""
 
-    __slots__ = ("_inputs", "_recipe")
+    __slots__ = ("_parts",)
 
-    def __init__(self, recipe: Recipe, inputs: Mapping[str, Array]) -> None:
-        super().__init__({})
-        self._recipe = recipe
-        self._inputs = inputs
+    _CHANGING = struct.Struct(">Q4sQ")  # timeout, then the key `id` and the byte that begins its value
+
+    def __init__(self, parts: list[bytes]) -> None:
+        self.frames = ()
+        self.release = None
+        self._parts = parts
 
     def packed(self, request_id: int, timeout_us: int | None, packer: msgpack.Packer) -> bytes:
         """The header as it is sent."""
-        return self._recipe.packed(self._inputs, request_id, timeout_us or 0)
+        self._parts[1] = self._CHANGING.pack(timeout_us or 0, b"\xa2id\xcf", request_id)
+        return b"".join(self._parts)
 
 
-def form_of(
-    model: str,
-    inputs: Mapping[str, Any],
-    *,
-    version: str | int | None,
-    outputs: Sequence[str] | None,
-    priority: int,
-) -> tuple[Any, ...] | None:
-    """What a recipe depends on; None for a request that cannot be made by one."""
-    form: list[Any] = [model, version, priority, None if outputs is None else tuple(outputs)]
+def suit_recipe(inputs: Mapping[str, Any]) -> bool:
+    """Whether a request can be made by a recipe: of small arrays whose bytes are the wire's."""
     nbytes = 0
-    for name, array in inputs.items():
-        if type(array) is not np.ndarray:
-            return None
-        dtype = array.dtype
-        if dtype not in _PLAIN_DTYPES or array.nbytes > _INLINE_BYTES_MAX:
-            return None
+    for array in inputs.values():
+        if type(array) is not np.ndarray or array.dtype not in _PLAIN_DTYPES:
+            return False
+        if array.nbytes > _INLINE_BYTES_MAX:
+            return False
         nbytes += array.nbytes
-        form.append(name)
-        form.append(dtype)
-        form.append(array.shape)
-    return tuple(form) if nbytes <= _INLINE_TOTAL_BYTES_MAX else None
+    return nbytes <= _INLINE_TOTAL_BYTES_MAX
 
 
 class Memory(Protocol):
@@ -567,38 +567,48 @@ def read_infer(
     `places` are where outputs were to go: those are views of the app's lease. Raises the typed error that the
     reply carries, or Internal for a reply that breaks the protocol.
     """
-    if not knows_region(header):
-        raise Unavailable(
-            "the daemon does not know a lease that the request named; take a new one with Client.lease, or "
-            "send the arrays without",
-            reason="LEASE_LOST",
-        )
-    _check_error(header)
-
-    def tensor(wire: Mapping[str, Any]) -> Array:
-        index = wire.get("frame")
-        if index is not None:
-            return from_raw(wire["datatype"], wire["shape"], frames[index].buffer)
-        # A copy, so that the array is the caller's to change, as ONNX Runtime's are.
-        return from_raw(wire["datatype"], wire["shape"], bytearray(wire.get("data") or b""))
-
+    if "error" in header:
+        if not knows_region(header):
+            raise Unavailable(
+                "the daemon does not know a lease that the request named; take a new one with Client.lease, "
+                "or send the arrays without",
+                reason="LEASE_LOST",
+            )
+        _check_error(header)
     outputs: dict[str, Any] = {}
     try:
         for wire in header["outputs"]:
             datatype = wire["datatype"]
-            if datatype in VALUE_DATATYPES:
+            dtype = DTYPES.get(datatype)
+            data = wire.get("data")
+            if data and dtype is not None and "parameters" not in wire:
+                # The usual case, as `_tensor` has it but in one step.
+                array: Array = np.ndarray(wire["shape"], dtype, bytearray(data))
+                if array.nbytes != len(data):
+                    raise InvalidArgument(f"{len(data)} bytes for the shape {wire['shape']} of {datatype}")
+                outputs[wire["name"]] = array
+            elif datatype in VALUE_DATATYPES:
+                tensor = functools.partial(_tensor, frames)
                 outputs[wire["name"]] = value_from_wire(datatype, wire.get("data"), tensor)
             elif wire.get("parameters") and "shared_memory_region" in wire["parameters"]:
                 outputs[wire["name"]] = _in_place(wire, (places or {})[wire["name"]])
             else:
-                outputs[wire["name"]] = tensor(wire)
+                outputs[wire["name"]] = _tensor(frames, wire)
         return InferResult(
             outputs, header["model_name"], str(header["model_version"]), header.get("parameters") or {}
         )
-    except (KeyError, TypeError, IndexError, InvalidArgument) as e:
+    except (KeyError, TypeError, ValueError, IndexError, InvalidArgument) as e:
         raise Internal(
             f"the daemon's reply breaks the protocol: {type(e).__name__}: {e}", reason="BAD_REPLY"
         ) from e
+
+
+def _tensor(frames: Sequence[Any], wire: Mapping[str, Any]) -> Array:
+    index = wire.get("frame")
+    if index is not None:
+        return from_raw(wire["datatype"], wire["shape"], frames[index].buffer)
+    # A copy, so that the array is the caller's to change, as ONNX Runtime's are.
+    return from_raw(wire["datatype"], wire["shape"], bytearray(wire.get("data") or b""))
 
 
 def _in_place(wire: Mapping[str, Any], place: Place) -> Array:

@@ -170,10 +170,13 @@ class Exchange:
                     pending.baton.acquire(timeout=min(remaining_s, threading.TIMEOUT_MAX))
                 look = True
         finally:
-            if self._leader is pending or self._pendings:
-                with self._lock:
-                    pending.baton = None
-                    self._pass_lead(pending)
+            self._leave(pending)
+
+    def _leave(self, pending: Pending) -> None:
+        if self._leader is pending or self._pendings:
+            with self._lock:
+                pending.baton = None
+                self._pass_lead(pending)
 
     def forget(self, pending: Pending) -> None:
         """Lets go of a request: its reply, should it come, is dropped."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import socket as unix
 import threading
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ import pytest
 from edged import Client, errors
 from edged import client as client_module
 from edged.arrays import RawTensor
-from edged.clientwire import InferPlan, Recipe, form_of
+from edged.clientwire import InferPlan, Recipe, suit_recipe
 from edged.lanelink import LaneLink
 from tests.test_client import LARGE, Peer
 
@@ -305,6 +306,90 @@ def test_a_connection_that_is_lost_is_made_anew(client: Client, peer: LanePeer) 
     assert not peer.seen
 
 
+@pytest.mark.parametrize("answered", [(0, 1), (1, 0)])
+def test_one_joins_while_another_waits(client: Client, peer: LanePeer, answered: tuple[int, int]) -> None:
+    """Each gets its own reply, whichever comes first, and whoever reads it."""
+    assert double(client) == 2
+    peer.mode = "holds"
+    got: dict[int, float] = {}
+
+    def ask(value: int) -> None:
+        got[value] = double(client, value)
+
+    threads = [threading.Thread(target=ask, args=(value,)) for value in (0, 1)]
+    drain(peer.arrived)
+    for thread in threads:
+        thread.start()
+        assert peer.arrived.acquire(timeout=10)
+    for value in answered:
+        peer.send_held(value)
+        threads[value].join(10)
+        assert got[value] == 2 * value
+    peer.mode = ""
+    assert double(client, 5) == 10
+    assert len(peer.connections) == 1
+
+
+@pytest.mark.parametrize("short", [0, 1])
+def test_the_time_of_one_is_over_while_another_waits(client: Client, peer: LanePeer, short: int) -> None:
+    """Whether it is the one that leads or not, the other gets its reply."""
+    assert double(client) == 2
+    peer.mode = "holds"
+    ends: dict[int, object] = {}
+
+    def ask(at: int) -> None:
+        try:
+            ends[at] = double(client, at, timeout=0.5 if at == short else 10)
+        except errors.EdgedError as e:
+            ends[at] = type(e)
+
+    threads = [threading.Thread(target=ask, args=(at,)) for at in (0, 1)]
+    drain(peer.arrived)
+    for thread in threads:
+        thread.start()
+        assert peer.arrived.acquire(timeout=10)
+    threads[short].join(10)
+    assert ends == {short: errors.DeadlineExceeded}
+    other = 1 - short
+    peer.send_held(other)
+    threads[other].join(10)
+    assert ends == {short: errors.DeadlineExceeded, other: 2.0 * other}
+    peer.mode = ""
+    assert double(client, 5) == 10
+    assert len(peer.connections) == 1
+
+
+@pytest.mark.parametrize("timeout", [1e-9, 1e-6])
+def test_a_deadline_that_has_passed_already(client: Client, peer: LanePeer, timeout: float) -> None:
+    """Is told at once, and breaks nothing."""
+    assert double(client) == 2
+    peer.mode = "is silent"
+    for _ in range(20):
+        with pytest.raises(errors.DeadlineExceeded):
+            double(client, timeout=timeout)
+    peer.mode = ""
+    assert double(client, 3) == 6
+
+
+def test_both_are_sent_again_when_the_connection_is_lost(client: Client, peer: LanePeer) -> None:
+    """The one that leads and the one that joined it."""
+    assert double(client) == 2
+    peer.mode = "holds"
+    got: list[float] = []
+    threads = [threading.Thread(target=lambda: got.append(double(client, 4))) for _ in range(2)]
+    drain(peer.arrived)
+    for thread in threads:
+        thread.start()
+        assert peer.arrived.acquire(timeout=10)
+    peer.mode = ""
+    peer.connections[-1].shutdown(unix.SHUT_RDWR)
+    for thread in threads:
+        thread.join(10)
+    assert got == [8.0, 8.0]
+    assert len(peer.connections) == 2
+    assert not peer.seen
+
+
 @pytest.mark.parametrize("follows", [False, True])
 def test_a_reply_that_is_read_by_another(
     peer: LanePeer, follows: bool, monkeypatch: pytest.MonkeyPatch
@@ -345,6 +430,50 @@ def test_a_reply_that_is_read_by_another(
         monkeypatch.undo()
         peer.mode = ""
         assert double(client, 4) == 8
+
+
+def test_an_interrupt_leaves_nothing_behind(client: Client, peer: LanePeer) -> None:
+    """The lane goes on after it, for the same thread and for one that waits too."""
+    assert double(client) == 2
+
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_: object) -> None:
+        raise Interrupted
+
+    before = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        peer.mode = "holds"
+        got: list[float] = []
+        waits = threading.Thread(target=lambda: got.append(double(client, 3)))
+        main = threading.get_ident()
+
+        def join_and_interrupt() -> None:
+            assert peer.arrived.acquire(timeout=10)  # the main thread's request, which leads
+            waits.start()
+            assert peer.arrived.acquire(timeout=10)
+            signal.pthread_kill(main, signal.SIGUSR1)
+
+        drain(peer.arrived)
+        other = threading.Thread(target=join_and_interrupt)
+        other.start()
+        with pytest.raises(Interrupted):
+            double(client, 2)
+        other.join(10)
+    finally:
+        signal.signal(signal.SIGUSR1, before)
+    link = client._links["lease.sock"]
+    assert len(link._pendings) == 1
+    peer.send_held(0)  # nobody's any more
+    peer.send_held(1)
+    waits.join(10)
+    assert got == [6.0]
+    peer.mode = ""
+    assert double(client, 4) == 8
+    assert link._leader is None
+    assert not link._pendings
+    assert len(peer.connections) == 1
 
 
 def test_close_wakes_who_waits(client: Client, peer: LanePeer) -> None:
@@ -399,12 +528,13 @@ def test_a_recipe_makes_what_the_plan_makes(
         {f"x{at}": np.arange(at, dtype=np.uint16) for at in range(20)},
         {"x": np.arange(12, dtype=np.float16).reshape(3, 4).T, "y": np.zeros((64, 64), np.float32)},
     ):
-        form = form_of("m", inputs, **kinds)
-        assert form is not None
-        assert form == form_of("m", {name: array.copy() for name, array in inputs.items()}, **kinds)
+        assert suit_recipe(inputs)
+        recipe = Recipe("m", inputs, **kinds)
+        request = recipe.request({name: array.copy() for name, array in inputs.items()}, **kinds)
+        assert request is not None
         for request_id, timeout_us in ((1, 1), (2**53 - 1, 2**40)):
             plan = InferPlan("m", inputs, **kinds).request().packed(request_id, timeout_us, packer)
-            made = Recipe("m", inputs, **kinds).packed(inputs, request_id, timeout_us)
+            made = request.packed(request_id, timeout_us, packer)
             assert msgpack.unpackb(made) == msgpack.unpackb(plan)
 
 
@@ -424,30 +554,66 @@ def test_a_recipe_makes_what_the_plan_makes(
 )
 def test_what_no_recipe_is_for(value: Any) -> None:
     """Large arrays, and those whose bytes are not the wire's."""
-    assert form_of("m", {"x": value}, version=None, outputs=None, priority=0) is None
+    kinds: dict[str, Any] = {"version": None, "outputs": None, "priority": 0}
+    assert not suit_recipe({"x": value})
+    assert Recipe("m", {"x": np.zeros(4096, np.float32)}, **kinds).request({"x": value}, **kinds) is None
+
+
+def test_small_arrays_that_are_large_together() -> None:
+    """Are not for a recipe: what an inline tensor may have is bounded for all of a request's."""
+    large = {f"x{at}": np.zeros(4096, np.float32) for at in range(4)}
+    assert not suit_recipe(large)
+    large.popitem()
+    assert suit_recipe(large)
 
 
 def test_forms_differ_where_requests_do() -> None:
-    """In names and their order, datatypes and shapes, and all that is asked for."""
+    """In names and their order, datatypes and shapes, and all that is asked for; a model has its own."""
     x = np.zeros(4, np.float32)
-    kinds: dict[str, Any] = {"version": None, "outputs": None, "priority": 0}
-    forms = {
-        form_of("m", {"x": x, "y": x}, **kinds),
-        form_of("m", {"y": x, "x": x}, **kinds),
-        form_of("n", {"x": x, "y": x}, **kinds),
-        form_of("m", {"x": x}, **kinds),
-        form_of("m", {"x": x.reshape(2, 2)}, **kinds),
-        form_of("m", {"x": x.view(np.int32)}, **kinds),
-        form_of("m", {"x": x}, **{**kinds, "version": "1"}),
-        form_of("m", {"x": x}, **{**kinds, "outputs": ["y"]}),
-        form_of("m", {"x": x}, **{**kinds, "outputs": []}),
-        form_of("m", {"x": x}, **{**kinds, "priority": 1}),
-    }
-    assert len(forms) == 10
+    plain: dict[str, Any] = {"version": None, "outputs": None, "priority": 0}
+    forms: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({"x": x, "y": x}, plain),
+        ({"y": x, "x": x}, plain),
+        ({"x": x}, plain),
+        ({"x": x.reshape(2, 2)}, plain),
+        ({"x": x.view(np.int32)}, plain),
+        ({"x": x}, {**plain, "version": "1"}),
+        ({"x": x}, {**plain, "outputs": ["y"]}),
+        ({"x": x}, {**plain, "outputs": []}),
+        ({"x": x}, {**plain, "priority": 1}),
+    ]
+    for at, (inputs, kinds) in enumerate(forms):
+        recipe = Recipe("m", inputs, **kinds)
+        fitting = [recipe.request(other, **asked) is not None for other, asked in forms]
+        assert fitting == [each == at for each in range(len(forms))]
+
+
+def test_what_was_asked_for_before_is_not_asked_for_again(client: Client, peer: LanePeer) -> None:
+    """Whatever is changed between two requests to one client, its arrays and lists in place included."""
+    wanted = ["x"]
+    inputs = {"x": np.float32([1])}
+    assert client.infer("double", inputs, outputs=wanted)["x"].tolist() == [2]
+    wanted.append("y")
+    inputs["x"][0] = 4
+    assert client.infer("double", inputs, outputs=tuple(wanted))["x"].tolist() == [8]
+    assert client.infer("double", {"x": np.int64([3])}, outputs=wanted, priority=2)["x"].tolist() == [6]
+    with pytest.raises(errors.NotFound):
+        client.infer("absent", inputs)
+    assert [request.get("outputs") for request in peer.by_lane] == [
+        [{"name": "x"}],
+        [{"name": "x"}, {"name": "y"}],
+        [{"name": "x"}, {"name": "y"}],
+        None,
+    ]
+    assert [request["parameters"].get("priority") for request in peer.by_lane] == [None, None, 2, None]
 
 
 def test_few_forms_are_kept(client: Client, peer: LanePeer) -> None:
-    """An app whose shapes never repeat does not grow."""
+    """An app whose shapes never repeat does not grow, nor one whose models do not."""
     for count in range(150):
         client.infer("double", {"x": np.zeros(count, np.float32)})
-    assert len(client._recipes) <= client_module._RECIPES_MAX
+        assert len(client._recipes["double"]) <= client_module._RECIPES_MAX
+    for count in range(150):
+        with pytest.raises(errors.NotFound):
+            client.infer(f"absent-{count}", {"x": SMALL})
+        assert len(client._recipes) <= client_module._RECIPE_MODELS_MAX
