@@ -152,10 +152,8 @@ class Exchange:
                     remaining_s = until - time.monotonic()
                     if not pending.settled and (look or remaining_s <= 0):
                         self._drain()
-                    if pending.settled:
-                        return True
-                    if remaining_s <= 0:
-                        return False
+                    if pending.settled or remaining_s <= 0:
+                        break
                     leads = self._leader is None or self._leader is pending
                     if leads:
                         self._leader = pending
@@ -169,8 +167,11 @@ class Exchange:
                 elif pending.baton is not None:
                     pending.baton.acquire(timeout=min(remaining_s, threading.TIMEOUT_MAX))
                 look = True
-        finally:
             self._leave(pending)
+        except BaseException:  # An interrupt, maybe while leaving: nobody is to follow one who is gone.
+            self._leave(pending)
+            raise
+        return pending.settled
 
     def _leave(self, pending: Pending) -> None:
         if self._leader is pending or self._pendings:
