@@ -68,7 +68,7 @@ Two networks with a dynamic first dimension, FP32, on ONNX Runtime: an MLP of 10
 whose 67 MB of weights have to come from memory for each run, and a CNN of four convolutions on 3×96×96. Every
 request is one row; {CLIENTS} client processes keep {IN_FLIGHT} out each, with messages made beforehand. The
 bare runtime has the worker's settings and is handed whole batches, {effort.slots} slots of {effort.slot_s:g}
-s each in turns with edged.
+s each in turns with edged. The goal is held by the best of edged's settings, which is named.
 
 {table(("network", "who", "rows/s", "× the best batch", "rows a run"), rows)}
 

@@ -112,7 +112,7 @@ MESSAGES_PER_TURN = 32
 
 EXACT_S = 0.05
 """Waits up to this long end to the microsecond; epoll_wait(2), which has one system call less, rounds up to
-the next millisecond. The moment to hand a run over (`runs.AHEAD_S`) would be past by then."""
+the next millisecond. The moment to hand a run over (`runs.AHEAD_MIN_S`) would be past by then."""
 
 FLUSH_S, FLUSH_MAX_S = 0.005, 0.25
 """How often replies that a slow client had no room for are tried again, at first and when nothing moves."""

@@ -60,8 +60,9 @@ RUN_HUNG = "a run did not stop when told to"
 
 AHEAD_MIN_S, AHEAD_MAX_S = 150e-6, 1e-3
 """How long before a worker is expected to come to its next run it is given it, to wait at its socket: then it
-idles for no hand-over. That takes 50 µs on an idle machine; on a full one the supervisor itself comes late,
-by what is measured. No earlier, since what is handed over can neither be overtaken nor join a batch."""
+idles for no hand-over. The least: that takes 50 µs on an idle machine. On a full one the supervisor itself
+comes late, and twice as much as it has been late of late is added, up to the most: what is handed over can
+neither be overtaken nor join a batch."""
 
 LATE_GAIN = 0.1
 """The weight of the newest hand-over in how late they are."""
