@@ -44,7 +44,7 @@ from edged.runtimes.base import (
     create_runtime,
     silence_telemetry,
 )
-from edged.runtimes.onnxfile import steady_inputs
+from edged.runtimes.onnx_graph import steady_inputs
 
 __all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "run_worker"]
 

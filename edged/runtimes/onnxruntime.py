@@ -33,7 +33,7 @@ from edged.runtimes.base import (
     silence_telemetry,
 )
 from edged.runtimes.compiled import Kept, cpu_identity, key_of
-from edged.runtimes.onnxfile import unranked
+from edged.runtimes.onnx_graph import unranked
 from edged.tensors import TensorSpec
 
 silence_telemetry()

@@ -1,0 +1,275 @@
+"""An ONNX file is read as the `onnx` package reads it, or not at all."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from onnx import TensorProto, helper, numpy_helper
+from onnx.backend.test.case.node import collect_testcases
+
+from edged.runtimes.onnx_graph import DATATYPES, Constant, Graph, read_graph, steady_inputs, unranked
+from tests import zoo
+
+
+def same_value(ours: Any, theirs: onnx.AttributeProto) -> bool:
+    """Whether an attribute was read as the package reads it."""
+    wanted = helper.get_attribute_value(theirs)
+    if isinstance(wanted, onnx.TypeProto):
+        return ours is None
+    if isinstance(wanted, onnx.TensorProto):
+        return same_constant(ours, wanted)
+    if isinstance(wanted, onnx.GraphProto):
+        assert_same(ours, wanted)
+        return True
+    if isinstance(wanted, bytes):
+        return ours in (wanted, wanted.decode("utf-8", "replace"))
+    if isinstance(wanted, (int, float)):
+        return type(ours) is type(wanted) and (ours == wanted or ours != ours)
+    if all(isinstance(each, (int, float)) for each in wanted):
+        return np.array_equal(ours, list(wanted))
+    return len(ours) == len(wanted)
+
+
+def same_constant(ours: Constant, theirs: onnx.TensorProto) -> bool:
+    """Whether a tensor was read as the package reads it."""
+    if ours.shape != tuple(theirs.dims) or ours.datatype != DATATYPES.get(theirs.data_type, ""):
+        return False
+    if ours.values is None:
+        return True
+    return np.array_equal(ours.values, numpy_helper.to_array(theirs), equal_nan=ours.values.dtype.kind == "f")
+
+
+def assert_same(ours: Graph, theirs: onnx.GraphProto) -> None:
+    """A graph is what the package reads; nodes in order, each with all that it has."""
+    assert len(ours.nodes) == len(theirs.node)
+    for mine, node in zip(ours.nodes, theirs.node, strict=True):
+        domain = "" if node.domain == "ai.onnx" else node.domain
+        assert (mine.op, mine.name, mine.domain) == (node.op_type, node.name, domain)
+        assert (list(mine.inputs), list(mine.outputs)) == (list(node.input), list(node.output))
+        assert mine.attributes.keys() == {a.name for a in node.attribute}
+        assert all(same_value(mine.attributes[a.name], a) for a in node.attribute), mine
+    assert ours.initializers.keys() == {t.name for t in theirs.initializer} | {
+        t.values.name for t in theirs.sparse_initializer
+    }
+    assert all(same_constant(ours.initializers[t.name], t) for t in theirs.initializer)
+    for mine_values, values in ((ours.inputs, theirs.input), (ours.outputs, theirs.output)):
+        for info, value in zip(mine_values, values, strict=True):
+            assert info.name == value.name
+            if value.type.HasField("tensor_type"):
+                tensor = value.type.tensor_type
+                assert (info.kind, info.datatype) == ("tensor", DATATYPES.get(tensor.elem_type, ""))
+                dims = tuple(
+                    d.dim_value if d.HasField("dim_value") else d.dim_param or None for d in tensor.shape.dim
+                )
+                assert info.shape == (dims if tensor.HasField("shape") else None)
+
+
+@pytest.mark.filterwarnings("ignore")  # the package's own cases divide by zero and overflow on purpose
+def test_every_node_model_of_onnx_is_read_as_the_package_reads_it(tmp_path: Path) -> None:
+    """All operators, attributes and types that the standard's own tests have, subgraphs too."""
+    cases = collect_testcases(None)
+    assert len(cases) > 1000
+    for case in cases:
+        model = case.model
+        if model.functions:
+            continue
+        ours = read_graph(str(zoo.write(tmp_path / "m.onnx", model)))
+        assert_same(ours, model.graph)
+        assert ours.opsets == {
+            "" if each.domain == "ai.onnx" else each.domain: each.version for each in model.opset_import
+        }
+
+
+def test_functions_stand_where_they_are_called(tmp_path: Path) -> None:
+    """Their nodes have the names and the attributes of the call; a function within a function too."""
+    inner = helper.make_function(
+        "own",
+        "Leaky",
+        ["a"],
+        ["b"],
+        [helper.make_node("LeakyRelu", ["a"], ["b"])],
+        [helper.make_opsetid("", 17)],
+        ["alpha"],
+    )
+    inner.node[0].attribute.add(name="alpha", type=onnx.AttributeProto.FLOAT, ref_attr_name="alpha")
+    outer = helper.make_function(
+        "own",
+        "Twice",
+        ["a"],
+        ["b"],
+        [
+            helper.make_node("Leaky", ["a"], ["m"], domain="own", alpha=0.5),
+            helper.make_node("Leaky", ["m"], ["b"], domain="own", alpha=0.25),
+        ],
+        [helper.make_opsetid("", 17), helper.make_opsetid("own", 1)],
+    )
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N"]) for n in "xy"]
+    model = helper.make_model(
+        helper.make_graph(
+            [helper.make_node("Twice", ["x"], ["y"], domain="own")], "g", values[:1], values[1:]
+        ),
+        functions=[inner, outer],
+        opset_imports=[helper.make_opsetid("", 17), helper.make_opsetid("own", 1)],
+    )
+    nodes = read_graph(str(zoo.write(tmp_path / "f.onnx", model))).nodes
+    assert [node.op for node in nodes] == ["LeakyRelu", "LeakyRelu"]
+    assert [node.attributes["alpha"] for node in nodes] == [0.5, 0.25]
+    assert nodes[0].inputs == ("x",)
+    assert nodes[0].outputs == nodes[1].inputs
+    assert nodes[1].outputs == ("y",)
+
+
+def call_itself() -> onnx.ModelProto:
+    """A function without an end."""
+    body = [helper.make_node("F", ["a"], ["b"], domain="own")]
+    function = helper.make_function("own", "F", ["a"], ["b"], body, [helper.make_opsetid("own", 1)])
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N"]) for n in "xy"]
+    call = helper.make_node("F", ["x"], ["y"], domain="own")
+    return helper.make_model(helper.make_graph([call], "g", values[:1], values[1:]), functions=[function])
+
+
+def disguised() -> onnx.ModelProto:
+    """A function by the name of an operator: whichever of the two is run, one reader would be wrong."""
+    body = [helper.make_node("Identity", ["a"], ["b"])]
+    function = helper.make_function("", "Softmax", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N"]) for n in "xy"]
+    call = helper.make_node("Softmax", ["x"], ["y"])
+    return helper.make_model(helper.make_graph([call], "g", values[:1], values[1:]), functions=[function])
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (call_itself(), "functions deeper than"),
+        (disguised(), "runtime's own operator"),
+        (b"", "empty"),
+        (b"hello, world", "a wire type that ONNX does not use"),
+    ],
+    ids=["a function that calls itself", "a function like an operator", "empty", "text"],
+)
+def test_what_cannot_be_read_is_refused(tmp_path: Path, model: Any, why: str) -> None:
+    """ValueError, with the reason."""
+    with pytest.raises(ValueError, match=why):
+        read_graph(str(zoo.write(tmp_path / "m.onnx", model)))
+
+
+def test_nodes_that_are_out_of_order_are_refused(tmp_path: Path) -> None:
+    """Also what only a subgraph reads, and what is written twice."""
+    late = graph(("Relu", "m", "y", {}), ("Relu", "x", "m", {}))
+    body = helper.make_graph([helper.make_node("Relu", ["m"], ["b"])], "body", [], [])
+    within = graph(("If", "c", "y", {"then_branch": body, "else_branch": body}), ("Relu", "x", "m", {}))
+    for model in (late, within):
+        with pytest.raises(ValueError, match="before it is written"):
+            read_graph(str(zoo.write(tmp_path / "m.onnx", model)))
+    twice = graph(("Relu", "x", "y", {}), ("Relu", "x", "y", {}))
+    with pytest.raises(ValueError, match="written twice"):
+        read_graph(str(zoo.write(tmp_path / "m.onnx", twice)))
+
+
+def test_a_broken_file_is_a_value_error_and_nothing_else(tmp_path: Path) -> None:
+    """Every truncation and every changed byte of a model with subgraphs, constants and functions."""
+    whole = call_itself().SerializeToString() + zoo.mlp(seed=1).SerializeToString()[:400]
+    body = helper.make_graph([helper.make_node("Relu", ["x"], ["b"])], "body", [], [])
+    whole = graph(("If", "x", "y", {"then_branch": body, "else_branch": body})).SerializeToString() + whole
+    for at in range(len(whole)):
+        for bent in (
+            whole[:at],
+            whole[:at] + b"\xff" + whole[at + 1 :],
+            whole[:at] + b"\x7a" + whole[at + 1 :],
+        ):
+            try:
+                read_graph(str(zoo.write(tmp_path / "m.onnx", bent)))
+            except ValueError:
+                continue
+
+
+def test_a_free_rank_is_told_from_a_scalar(tmp_path: Path) -> None:
+    """No shape at all is a free rank; a shape of no dimensions is a scalar."""
+    assert unranked(str(zoo.write(tmp_path / "free.onnx", zoo.free_rank()))) == {"x", "y"}
+    assert unranked(str(zoo.write(tmp_path / "scalar.onnx", zoo.identity("FP32", [])))) == frozenset()
+    assert unranked(str(zoo.write(tmp_path / "zipmap.onnx", zoo.zipmap()))) == frozenset()
+    assert unranked(str(zoo.write(tmp_path / "slow.onnx", zoo.slow()))) == frozenset()
+
+
+def test_a_file_that_cannot_be_walked_says_nothing(tmp_path: Path) -> None:
+    """Every truncation and every flipped byte gives a set, never an exception."""
+    whole = zoo.free_rank().SerializeToString()
+    for length in range(1, len(whole)):
+        assert unranked(str(zoo.write(tmp_path / "cut.onnx", whole[:length]))) <= {"x", "y"}
+    for at in range(len(whole)):
+        unranked(str(zoo.write(tmp_path / "bent.onnx", whole[:at] + b"\xff" + whole[at + 1 :])))
+
+
+@pytest.mark.parametrize("name", ["free", "scalar"])
+def test_onnx_runtime_takes_the_file_s_word(tmp_path: Path, name: str) -> None:
+    """The loaded model declares what the file does."""
+    from edged.runtimes.base import LoadCancel, LoadRequest, create_runtime
+
+    model = zoo.free_rank() if name == "free" else zoo.identity("FP32", [])
+    path = zoo.write(tmp_path / "m.onnx", model)
+    loaded = create_runtime("onnxruntime").load(LoadRequest(str(path)), LoadCancel())
+    wanted = None if name == "free" else ()
+    assert (loaded.inputs[0].shape, loaded.outputs[0].shape) == (wanted, wanted)
+
+
+def graph(*nodes: Any, inputs: Sequence[str] = ("x",)) -> onnx.ModelProto:
+    """A model of these nodes, each `(op, inputs, outputs, …attributes)`; no runtime need take it."""
+    made = [helper.make_node(op, ins.split(), outs.split(), **rest) for op, ins, outs, rest in nodes]
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N"]) for n in inputs]
+    out = [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["N"])]
+    return helper.make_model(helper.make_graph(made, "g", values, out))
+
+
+def steady(path: Path, *nodes: Any, inputs: Sequence[str] = ("x",)) -> frozenset[str]:
+    """What is said of a model of these nodes."""
+    return steady_inputs(str(zoo.write(path / "m.onnx", graph(*nodes, inputs=inputs))))
+
+
+def test_numbers_that_are_only_computed_with_may_change(tmp_path: Path) -> None:
+    """Products and sums; what a sort or a lookup gets in the end may not, by whatever way it comes there."""
+    assert steady(tmp_path, ("MatMul", "x w", "y", {})) == {"x"}
+    assert steady(
+        tmp_path, ("Sub", "x m", "a", {}), ("Conv", "a w", "b", {}), ("TopK", "b k", "y i", {})
+    ) == {"x"}
+    assert steady(tmp_path, ("TopK", "x k", "y i", {})) == frozenset()
+    assert steady(tmp_path, ("Reshape", "x s", "a", {}), ("TopK", "a k", "y i", {})) == frozenset()
+    assert steady(tmp_path, ("Mul", "x one", "a", {}), ("Sort", "a", "y", {})) == frozenset()
+    assert steady(tmp_path, ("MatMul", "x w", "y", {}), ("Unique", "x", "z", {})) == frozenset()
+    assert steady(tmp_path, ("MatMul", "x w", "y", {"domain": "com.vendor"})) == frozenset()
+
+
+def test_each_input_is_judged_by_itself(tmp_path: Path) -> None:
+    """Until they meet."""
+    nodes = [("MatMul", "x w", "a", {}), ("Gather", "z a", "y", {})]
+    assert steady(tmp_path, *nodes, inputs=("x", "z")) == {"x"}
+    nodes = [("Add", "x z", "a", {}), ("TopK", "a k", "y i", {})]
+    assert steady(tmp_path, *nodes, inputs=("x", "z")) == frozenset()
+
+
+def test_a_subgraph_sees_what_is_around_it(tmp_path: Path) -> None:
+    """Inside it no path is followed."""
+    body = helper.make_graph([helper.make_node("TopK", ["x", "k"], ["b", "i"])], "body", [], [])
+    branch = ("If", "c", "y", {"then_branch": body, "else_branch": body})
+    assert steady(tmp_path, branch) == frozenset()
+    other = helper.make_graph([helper.make_node("TopK", ["u", "k"], ["b", "i"])], "body", [], [])
+    branch = ("If", "c", "q", {"then_branch": other, "else_branch": other})
+    assert steady(tmp_path, branch, ("MatMul", "x w", "r", {})) == {"x"}
+    assert steady(tmp_path, ("MatMul", "x w", "r", {}), ("ArgMax", "r", "y", {"axis": 0})) == {"x"}
+
+
+def test_a_bent_file_is_steady_nowhere_or_says_so(tmp_path: Path) -> None:
+    """Every truncation gives a set, never an exception."""
+    whole = graph(("MatMul", "x w", "y", {})).SerializeToString()
+    for length in range(1, len(whole)):
+        steady_inputs(str(zoo.write(tmp_path / "cut.onnx", whole[:length])))
+
+
+@pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])
+def test_image_models_are_read_in_place(name: str) -> None:
+    """What leases are for."""
+    assert steady_inputs(str(zoo.real(name)))
