@@ -1,32 +1,34 @@
 """Whether rows of different requests may share a run, and up to how many it is worth it.
 
-Two requests may only be put together if neither can change the other's answer. That is proved on the model
-itself when it has loaded: rows run one by one and together must agree by `agreement`'s rule, at every size
-that is tried, in more than one order. Among them are zeros, ones and one row twice, for a model whose output
-depends on the data (NonZero, Unique) has as many rows as there are numbers in a random input, but not then;
-and a row of large numbers, for a model that scales by the largest of all.
+Two requests may only be put together if neither can change the other's answer. Two locks hold that. The
+graph must say that rows stand alone (`row_independence`), or the model's owner. And the model itself must
+answer rows alone as it does together: at every size that the scheduler may use, in several orders, with the
+rows of `trial_rows`. Integers, booleans and the places of NaN must be equal; floats may differ by what the
+runtime's own rounding gives when it multiplies more rows at once (`ROUNDING`), unless the owner wants them
+bit for bit.
 
-Owns the proof and the times that it takes along. It loads nothing and decides nothing for the core, which
-looks at every batch's outputs once more. Runs on Python 3.10 too.
+Owns the measured proof and the times that it takes along. It loads nothing and decides nothing for the core,
+which looks at every batch's outputs once more. Runs on Python 3.10 too.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
-from edged import agreement
-from edged.agreement import Bounds, Sample, disagreement
-from edged.runtimes.base import DTYPES, Model, RunFailed
-from edged.tensors import ITEM_BYTES, TensorSpec
+from edged import agreement, trial_rows
+from edged.agreement import Sample
+from edged.row_independence import Reading
+from edged.runtimes.base import Model, RunFailed
+from edged.tensors import ITEM_BYTES
+from edged.trial_rows import LOUD_AT, NAN_AT, Sizes
 
-__all__ = ["Batch", "NotBatchable", "explore", "run_us"]
+__all__ = ["Batch", "NotBatchable", "Rules", "explore", "run_us"]
 
 SIZES = (2, 4, 8, 16, 32, 64)
 """What is tried without being asked: 64 requests that wait at once are rare on a device."""
@@ -34,23 +36,21 @@ SIZES = (2, 4, 8, 16, 32, 64)
 BUDGET_S = 0.5
 """What trying may take at each load, unless the owner asks for a size of his own."""
 
+BETWEEN_S, BETWEEN_WANTED_S = 0.4, 5.0
+"""What proving the sizes between those that were tried may take besides: a load is longer by less than a
+second; for an owner's own size by what he can be asked to wait for."""
+
 GAIN_MIN = 1.1
 """Rows per second over those of the size before; less is not worth the longer wait of each request."""
 
-ROWS, ROWS_MIN = 8, 4
-"""Different rows that take part; the fewer only where one run takes long."""
-
-LOUD, LOUD_AT = 100.0, 1
-"""How much larger the numbers of one row are, and which it is: of a batch of two, too. What is scaled by the
-largest number of a whole batch, as models are that quantise as they go, then takes the others' digits away,
-and shows also where a tenth of them may differ."""
-
-ROW_BY_ROW_MAX = 8
-"""Up to this size each row is compared by itself; beyond it that takes longer than the runs, and the rule's
-bound on the largest difference sees one row among many."""
+ROWS_MIN = 5
+"""Rows that take part where one run takes long: an ordinary one, twice, the loud one, zeros, NaN."""
 
 SLOT_S, RUNS_MAX = 0.01, 50
 """How long, and how often, a size is timed."""
+
+STEPS = (1, NAN_AT, -1)
+"""The orders of a size, as steps through the rows: all of them, one beside NaN, all the other way round."""
 
 RUNS_PER_SIZE = 4
 """What a size costs at the least, where rows gain nothing together: three orders and one timed run."""
@@ -58,9 +58,33 @@ RUNS_PER_SIZE = 4
 BYTES_MAX = 64 << 20
 """Of one batch's inputs and outputs; beyond it memory's speed is the limit and rows gain nothing together."""
 
+ROUNDING = {"f32": 2e-5, "tf32": 2**-9, "f16": 2**-9, "bf16": 2**-7}
+"""By the precision that a model is computed in: what two orders of the same additions may differ by, as a
+part of the output's largest number. A product of two computed matrices, at another number of rows, comes to
+2e-5 in FP32; the others are two units in the last place."""
+
+_ROUNDING_OF_TYPE = {"FP16": 2**-9, "BF16": 2**-7}
+"""By an output's datatype: the last place of what it is written in."""
+
+FORM = 2
+"""Counts up when more has to be proved than what is remembered was."""
+
 
 class NotBatchable(Exception):
-    """Rows do not stand alone; the text says which tensor shows it."""
+    """Rows do not stand alone; the text says which node or tensor shows it."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What the owner says of a model's rows, and what is known from its graph."""
+
+    reading: Reading
+    vouched: bool = False
+    """The owner's word stands for both locks (`rows = "independent"`)."""
+    exact: bool = False
+    """Floats must be equal bit for bit."""
+    finite: bool = False
+    """NaN never comes, by the owner's word, and so takes no part."""
 
 
 @dataclass(frozen=True)
@@ -73,8 +97,8 @@ class Batch:
 
     @classmethod
     def from_wire(cls, wire: object) -> Batch | None:
-        """As the supervisor remembers it; None for what is no result of `explore`."""
-        if not isinstance(wire, Mapping):
+        """As the supervisor remembers it; None for what is no result of `explore`, or of an older rule's."""
+        if not isinstance(wire, Mapping) or wire.get("form") != FORM:
             return None
         most, times, why = wire.get("max"), wire.get("times_us"), wire.get("why")
         try:
@@ -87,15 +111,15 @@ class Batch:
 
     def to_wire(self) -> dict[str, Any]:
         """As the supervisor is told."""
-        return {"max": self.max, "times_us": [list(t) for t in self.times_us], "why": self.why}
+        return {"max": self.max, "times_us": [list(t) for t in self.times_us], "why": self.why, "form": FORM}
 
 
 def explore(
     model: Model,
     samples: Sequence[Sample],
     *,
+    rules: Rules,
     wanted: int | None,
-    bounds: Bounds,
     check: Callable[[], None] = lambda: None,
 ) -> Batch:
     """Proves and times batches of a model that is loaded; `check` is called between runs and may raise.
@@ -103,38 +127,45 @@ def explore(
     With `wanted`, the owner's size, this size is proved whatever it takes and allowed whatever it gains.
     Raises NotBatchable for rows that do not stand alone, RunFailed for a run that failed.
     """
-    obstacle = _obstacle(model)
+    obstacle = _obstacle(model) or ("" if rules.vouched else rules.reading.why)
     if obstacle:
         raise NotBatchable(obstacle)
     began_s = time.monotonic()
-    trial = _Trial(model, _rows(model.inputs, samples), bounds, check)
+    trial = _Trial(model, samples, rules, check)
     trial.run_alone(began_s + BUDGET_S / 4)
     trial.time(1)
+    best, why = _largest_that_gains(trial, wanted, began_s + BUDGET_S)
+    proved = trial.prove_between(best, time.monotonic() + (BETWEEN_S if wanted is None else BETWEEN_WANTED_S))
+    if proved < best:
+        why = f"more rows than {proved} could not be proved at every size in the time there is"
+    return trial.verdict(proved, why)
+
+
+def _largest_that_gains(trial: _Trial, wanted: int | None, until_s: float) -> tuple[int, str]:
     best = 1
     for size in _sizes(wanted):
-        left_us = (began_s + BUDGET_S - time.monotonic()) * 1e6
-        if size != wanted and RUNS_PER_SIZE * size * trial.row_us(best) > left_us:
+        left_us = (until_s - time.monotonic()) * 1e6
+        if size != wanted and RUNS_PER_SIZE * trial.variants * size * trial.row_us(best) > left_us:
             if wanted is None:
-                return trial.verdict(best, f"{size} rows together take longer than trying may")
+                return best, f"{size} rows together take longer than trying may"
             continue
         if wanted is None and size * trial.row_bytes > BYTES_MAX:
-            return trial.verdict(best, f"{size} rows together take more memory than trying may")
+            return best, f"{size} rows together take more memory than trying may"
         try:
             trial.prove(size)
             trial.time(size)
         except RunFailed as e:
             if wanted is not None or e.fatal or e.reason != "MEMORY_LIMIT":
                 raise
-            return trial.verdict(best, f"{size} rows together: {e.message}")
+            return best, f"{size} rows together: {e.message}"
         if wanted is None and trial.row_us(best) / trial.row_us(size) < GAIN_MIN:
             for again in (best, size):  # what else runs on the machine must not decide
                 trial.time(again)
             gain = trial.row_us(best) / trial.row_us(size)
             if gain < GAIN_MIN:
-                return trial.verdict(best, f"{size} rows together: {gain:.2f} × the rows/s of {best}")
+                return best, f"{size} rows together: {gain:.2f} × the rows/s of {best}"
         best = size
-    why = "the largest size that is tried" if wanted is None else "the size that the settings name, proved"
-    return trial.verdict(best, why)
+    return best, "the largest size that is tried" if wanted is None else "the size that the settings name"
 
 
 def run_us(model: Model, feeds: Mapping[str, Any], names: Sequence[str]) -> tuple[float, float]:
@@ -149,83 +180,186 @@ def run_us(model: Model, feeds: Mapping[str, Any], names: Sequence[str]) -> tupl
     return taken[0] / 1e3, taken[len(taken) // 2] / 1e3
 
 
+@dataclass
+class _Variant:
+    """Rows of one shape, and what each is answered with alone."""
+
+    rows: list[dict[str, Any]]
+    alone: list[list[Any]]
+
+    @property
+    def is_constant(self) -> bool:
+        """Whether all ordinary rows are answered alike."""
+        return agreement.is_constant([a for at, a in enumerate(self.alone) if at not in (LOUD_AT, NAN_AT)])
+
+
 class _Trial:
-    """The rows, what each is answered with alone, and what the sizes took."""
+    """The rows, and what the sizes took. The first variant's are those that are timed."""
 
     def __init__(
-        self,
-        model: Model,
-        rows: Sequence[Mapping[str, Any]],
-        bounds: Bounds,
-        check: Callable[[], None],
+        self, model: Model, samples: Sequence[Sample], rules: Rules, check: Callable[[], None]
     ) -> None:
         self.row_bytes = 0
         """Of one row's inputs and outputs."""
         self._model = model
+        self._samples = samples
+        self._rules = rules
+        self._check = check
         self._names = [spec.name for spec in model.outputs]
         self._datatypes = [spec.datatype for spec in model.outputs]
-        self._rows = list(rows)
-        self._bounds = bounds
-        self._check = check
-        self._alone: list[list[Any]] = []
+        self._variants: list[_Variant] = []
+        self._proved: set[int] = {1}
         self._least_us: dict[int, float] = {}
         self._median_us: dict[int, float] = {}
+        self._apart = 0.0
+        """The largest difference of floats so far, as a part of the output's largest number."""
+        self._saw = ""
+        """What spoke against the owner's word."""
+
+    @property
+    def variants(self) -> int:
+        """How many shapes of rows take part."""
+        return len(self._variants)
+
+    # ------------------------------------------------------------------ rows alone
 
     def run_alone(self, until_s: float) -> None:
-        """Runs the rows one by one, all of them if they take no longer than that."""
-        for row in self._rows:
-            if len(self._alone) >= ROWS_MIN and time.monotonic() > until_s:
+        """Finds shapes and numbers that the model takes, and runs the rows one by one.
+
+        Raises NotBatchable where it takes none, or where the answers prove nothing.
+        """
+        specs = self._model.inputs
+        free = any(size < 0 for spec in specs for size in (spec.shape or ())[1:])
+        wanted = 2 if free else 1
+        golden = trial_rows.golden_rows(specs, self._samples)
+        refused: RunFailed | None = None
+        for sizes, first in trial_rows.sizes_to_try(specs, golden):
+            try:
+                self._variants.append(self._variant(sizes, first, until_s))
+            except RunFailed as e:
+                if e.fatal:
+                    raise
+                refused = e
+            if len(self._variants) == wanted:
                 break
-            self._check()
-            self._alone.append(self._answer_alone(row))
-        del self._rows[len(self._alone) :]
-        self.row_bytes = sum(array.nbytes for array in self._rows[0].values())
-        self.row_bytes += sum(value.nbytes for value in self._alone[0])
-        if agreement.is_constant(self._alone):
+        if not self._variants and refused is not None:
+            raise refused
+        if len(self._variants) < wanted and not self._rules.vouched:
+            raise NotBatchable(
+                "its free dimensions must be tried at two sizes, and so many were not found that the model "
+                "takes; golden samples of two sizes would show them"
+            )
+        answers = self._variants[0].alone
+        self.row_bytes = sum(array.nbytes for array in self._variants[0].rows[0].values())
+        self.row_bytes += sum(value.nbytes for value in answers[0])
+        if not self._rules.vouched and any(each.is_constant for each in self._variants):
             raise NotBatchable("the model answers the same to every input, which proves nothing")
 
-    def _answer_alone(self, row: Mapping[str, Any]) -> list[Any]:
-        at = len(self._alone)
-        try:
-            return self._answer(row, 1)
-        except RunFailed as e:
-            if at != LOUD_AT or e.fatal:
-                raise
-            self._rows[at] = self._rows[0]  # such numbers are none that the model takes
-            return self._alone[0]
+    def _variant(self, sizes: Sizes, first: dict[str, Any] | None, until_s: float) -> _Variant:
+        """Rows of these sizes, integers as far as the model takes them. Raises RunFailed if it takes none."""
+        refused: RunFailed | None = None
+        for spread in trial_rows.SPREADS:
+            rows = trial_rows.make_rows(
+                self._model.inputs,
+                sizes,
+                spread=spread,
+                limits=self._rules.reading.limits,
+                finite=self._rules.finite,
+                first=first,
+            )
+            try:
+                return self._answered(rows, until_s)
+            except RunFailed as e:
+                if e.fatal:
+                    raise
+                refused = e
+        assert refused is not None
+        raise refused
+
+    def _answered(self, rows: list[dict[str, Any]], until_s: float) -> _Variant:
+        alone: list[list[Any]] = []
+        for at, row in enumerate(rows):
+            if len(alone) >= ROWS_MIN and time.monotonic() > until_s:
+                break
+            self._check()
+            try:
+                alone.append(self._answer(row, 1))
+            except RunFailed as e:
+                # Such numbers are none that the model takes; integers may only be too large.
+                if at not in (LOUD_AT, NAN_AT) or e.fatal or self._has_integers:
+                    raise
+                rows[at] = rows[0]
+                alone.append(alone[0])
+        return _Variant(rows[: len(alone)], alone)
+
+    @property
+    def _has_integers(self) -> bool:
+        return not all(spec.datatype in ("FP16", "BF16", "FP32", "FP64") for spec in self._model.inputs)
+
+    # ------------------------------------------------------------------ rows together
 
     def prove(self, size: int) -> None:
-        """Runs `size` rows together, in three orders; each must be answered as it is alone."""
-        for step in (1, 2, -1):
-            self._check()
-            order = [(place * step) % len(self._rows) for place in range(size)]
-            together = self._answer(self._together(order), size)
-            for at, (name, datatype) in enumerate(zip(self._names, self._datatypes)):  # noqa: B905 - one each
-                alone = [self._alone[row][at] for row in order]
-                why = self._difference(order, alone, together[at], datatype)
-                if why:
-                    raise NotBatchable(f"output '{name}' of a row among {size} is not as it is alone: {why}")
+        """Runs `size` rows together, in each order; each must be answered as it is alone."""
+        for variant in self._variants:
+            for step in STEPS:
+                self._prove(variant, size, step)
+        self._proved.add(size)
 
-    def _difference(
-        self, order: Sequence[int], alone: Sequence[Any], together: Any, datatype: str
-    ) -> str | None:
-        groups = [[place] for place in range(len(order))]
-        if len(order) > ROW_BY_ROW_MAX:
-            # Beside the loud row nothing that the others lose would show.
-            groups = [
-                [p for p, row in enumerate(order) if (row == LOUD_AT) is loud] for loud in (True, False)
-            ]
-        for group in filter(None, groups):
-            one_by_one = np.concatenate([alone[place] for place in group])
-            why = disagreement(one_by_one, together[group], datatype, self._bounds)
-            if why:
-                return why
-        return None
+    def prove_between(self, best: int, until_s: float) -> int:
+        """Proves the sizes up to `best` that were not tried; up to which all are, by then."""
+        for size in range(2, best + 1):
+            if size in self._proved:
+                continue
+            if time.monotonic() > until_s:
+                return size - 1
+            for at, variant in enumerate(self._variants):
+                self._prove(variant, size, 1 if (size + at) % 2 else -1)
+        return best
+
+    def _prove(self, variant: _Variant, size: int, step: int) -> None:
+        self._check()
+        order = [(place * step) % len(variant.rows) for place in range(size)]
+        together = self._answer(_joined(variant, order), size)
+        for at, (name, datatype) in enumerate(zip(self._names, self._datatypes)):  # noqa: B905 - one each
+            for group in _groups(order):
+                alone = np.concatenate([variant.alone[order[place]][at] for place in group])
+                why = self._difference(alone, together[at][group], datatype)
+                if not why:
+                    continue
+                why = f"output '{name}' of a row among {size} is not as it is alone: {why}"
+                if not self._rules.vouched:
+                    raise NotBatchable(why)
+                self._saw = self._saw or why
+
+    def _difference(self, alone: Any, together: Any, datatype: str) -> str:
+        """Why these are not the same answer; empty where they are."""
+        if alone.shape != together.shape or alone.dtype != together.dtype:
+            return f"{together.dtype} {list(together.shape)} for {alone.dtype} {list(alone.shape)}"
+        if alone.tobytes() == together.tobytes():
+            return ""
+        if datatype == "BF16":
+            alone, together = ((x.astype("u4") << 16).view("f4") for x in (alone, together))
+        if alone.dtype.kind != "f":
+            wrong = np.count_nonzero(alone != together)
+            return f"{wrong} of {alone.size} elements differ"
+        if self._rules.exact:
+            return f"not bit for bit, by up to {_apart(alone, together)[1]:.1g}, which exact = true asks for"
+        same_places, apart, largest = _apart(alone, together)
+        if not same_places:
+            return "NaN or infinities in other places"
+        allowed = max(
+            ROUNDING.get(self._model.precision, ROUNDING["f32"]), _ROUNDING_OF_TYPE.get(datatype, 0.0)
+        )
+        if apart > allowed * largest:
+            return f"a difference of {apart:.3g}, at most {allowed * largest:.3g} may be"
+        self._apart = max(self._apart, apart / largest)
+        return ""
 
     def time(self, size: int) -> None:
         """Finds what a batch of this size takes."""
         self._check()
-        feeds = self._together([place % len(self._rows) for place in range(size)])
+        variant = self._variants[0]
+        feeds = _joined(variant, [place % len(variant.rows) for place in range(size)])
         least_us, median_us = run_us(self._model, feeds, self._names)
         self._least_us[size] = min(least_us, self._least_us.get(size, math.inf))
         self._median_us[size] = min(median_us, self._median_us.get(size, math.inf))
@@ -238,11 +372,14 @@ class _Trial:
         """What came of it; the memory of the sizes that will not be run again is given back."""
         self._model.shrink()
         for _ in range(2):  # the first gives back, the second has what a run needs at hand again
-            self._model.run(self._rows[0], self._names)
-        return Batch(rows, tuple((n, round(us, 1)) for n, us in self._median_us.items()), why)
-
-    def _together(self, order: Sequence[int]) -> dict[str, Any]:
-        return {name: np.concatenate([self._rows[at][name] for at in order]) for name in self._rows[0]}
+            self._model.run(self._variants[0].rows[0], self._names)
+        if self._rules.vouched:
+            why += "; rows stand alone by the owner's word"
+            why += f", though {self._saw}" if self._saw else ""
+        elif self._apart:
+            why += f"; floats differ by up to {self._apart:.1g} of the largest from what they are alone"
+        times = tuple((n, round(us, 1)) for n, us in self._median_us.items() if n <= rows or n in SIZES)
+        return Batch(rows, times, why)
 
     def _answer(self, feeds: Mapping[str, Any], rows: int) -> list[Any]:
         values = self._model.run(feeds, self._names)
@@ -253,70 +390,45 @@ class _Trial:
         return values
 
 
+def _joined(variant: _Variant, order: Sequence[int]) -> dict[str, Any]:
+    rows = variant.rows
+    return {name: np.concatenate([rows[at][name] for at in order]) for name in rows[0]}
+
+
+def _groups(order: Sequence[int]) -> Iterator[list[int]]:
+    """The places of a batch by what stands there: beside a loud row's numbers others' would not count."""
+    for special in (None, LOUD_AT, NAN_AT):
+        group = [
+            place
+            for place, row in enumerate(order)
+            if (row == special or (special is None and row not in (LOUD_AT, NAN_AT)))
+        ]
+        if group:
+            yield group
+
+
+def _apart(alone: Any, together: Any) -> tuple[bool, float, float]:
+    """Whether NaN and infinities are at the same places; the largest difference; the largest number."""
+    a, b = alone.astype("f8"), together.astype("f8")
+    odd = ~np.isfinite(a) | ~np.isfinite(b)
+    same = bool(np.array_equal(a[odd], b[odd], equal_nan=True))
+    a, b = a[~odd], b[~odd]
+    if a.size == 0:
+        return same, 0.0, 1.0
+    largest = float(np.abs(a).max())
+    return same, float(np.abs(a - b).max()), largest or 1.0
+
+
 def _sizes(wanted: int | None) -> list[int]:
     return list(SIZES) if wanted is None else [*[size for size in SIZES if size < wanted], wanted]
 
 
 def _obstacle(model: Model) -> str:
     """What in the declared shapes and types forbids batches; empty when nothing does."""
-    first_names = set()
     for kind, specs in (("input", model.inputs), ("output", model.outputs)):
         for spec in specs:
             if spec.datatype not in ITEM_BYTES:
                 return f"{kind} '{spec.name}' is {spec.datatype}, whose size is not fixed"
             if not spec.shape or spec.shape[0] != -1:
                 return f"{kind} '{spec.name}' has no free first dimension"
-            if spec.dim_names and spec.dim_names[0]:
-                first_names.add(spec.dim_names[0])
-    if len(first_names) > 1:
-        return f"the first dimensions have different names: {', '.join(sorted(first_names))}"
     return "" if model.inputs and model.outputs else "there is nothing to put together"
-
-
-def _rows(specs: Sequence[TensorSpec], samples: Sequence[Sample]) -> list[dict[str, Any]]:
-    """Single rows, the most telling first: numbers, large ones, the first again, zeros, ones, others.
-
-    Other free dimensions are as in the first golden sample, whose first row takes part, or 1.
-    Raises NoInputs for a model that cannot be fed.
-    """
-    golden = _golden_row(specs, samples)
-    like = golden or agreement.synthetic_inputs(specs, "ones")
-
-    def filled(make: Callable[[tuple[int, ...]], Any]) -> dict[str, Any]:
-        return {s.name: _cast(make(like[s.name].shape), s.datatype) for s in specs}
-
-    numbers = [filled(partial(_numbers, seed)) for seed in range(ROWS - 4)]
-    first = golden or numbers.pop()
-    loud = filled(lambda shape: LOUD * _numbers(ROWS, shape))
-    return [first, loud, first, filled(np.zeros), filled(np.ones), *numbers][:ROWS]
-
-
-def _golden_row(specs: Sequence[TensorSpec], samples: Sequence[Sample]) -> dict[str, Any] | None:
-    """The first row of the first golden sample, if it is a batch of rows."""
-    if not samples:
-        return None
-    inputs = samples[0].inputs
-    if not all(spec.name in inputs and inputs[spec.name].ndim for spec in specs):
-        return None
-    if len({inputs[spec.name].shape[0] for spec in specs} - {0}) != 1:
-        return None
-    return {spec.name: inputs[spec.name][:1] for spec in specs}
-
-
-def _numbers(seed: int, shape: tuple[int, ...]) -> Any:
-    """Numbers of mean 0 and variance 1, the same for a seed everywhere.
-
-    A hash of the place (the finaliser of MurmurHash3): numpy's generators take 15 ms to import.
-    """
-    bits = np.arange(1 + seed, 1 + seed + math.prod(shape) * ROWS, ROWS, dtype=np.uint32)
-    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
-        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
-    return ((bits / 2.0**31 - 1.0) * math.sqrt(3)).reshape(shape)
-
-
-def _cast(values: Any, datatype: str) -> Any:
-    """As the datatype has it; integers and booleans become 0 or 1, since they are often sizes."""
-    dtype = DTYPES[datatype]
-    if datatype == "BF16":
-        return (values.astype("f4").view("u4") >> 16).astype("u2").reshape(values.shape)
-    return values.astype(dtype) if dtype.kind == "f" else (values > 0).astype(dtype)

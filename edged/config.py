@@ -222,6 +222,9 @@ class ModelSettings:
     timeout_s: float | None = None
     queue_length: int | None = None
     max_batch_size: int | None = None
+    rows: str = "prove"
+    exact: bool = False
+    finite_inputs: bool = False
     max_queue_delay_s: float = 0.0
     cache: CacheSettings | None = None
     versions: str | tuple[int, ...] = "latest:1"
@@ -757,6 +760,27 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         "Rows of different requests that may share a run; 1: never. Each content must first prove that its "
         "rows stand alone.",
         "measured",
+    ),
+    _Key(
+        "rows",
+        "rows",
+        units.choice("prove", "independent"),
+        "`prove`: requests share a run only where the model's graph and a trial show that no row changes "
+        "another's answer; `independent`: its owner says so, for a model of which that cannot be shown.",
+    ),
+    _Key(
+        "exact",
+        "exact",
+        units.flag(),
+        "Requests share a run only where their answers are bit for bit what they are alone; else floats may "
+        "differ by the runtime's own rounding, 2e-5 of the output's largest number in FP32.",
+    ),
+    _Key(
+        "finite_inputs",
+        "finite_inputs",
+        units.flag(),
+        "The owner's word that no input is NaN or infinite: then what a runtime makes of such keeps the "
+        "model neither from sharing runs nor from another runtime.",
     ),
     _Key(
         "max_queue_delay",

@@ -736,6 +736,7 @@ def _check_word(packet: list[Any]) -> None:
         good &= all(type(d) is int for s in specs for d in s.shape or ())
         good &= type(info["instances"]) is int and info["instances"] >= 1
         good &= _is_batch(info["batch"])
+        good &= type(info.get("changes") or "") is str
         good &= type(info.get("load_ms") or 0) in (int, float)
         good &= type(info.get("rss_bytes") or 0) is int and type(info.get("metadata") or {}) is dict
     elif kind == "proving":

@@ -249,6 +249,7 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         "threads": info.get("threads", 0),
         "instances": info.get("instances", 0),
         "batch": info.get("batch"),
+        "changes": info.get("changes") or None,
         "choice": instance.choice,
         "policy": instance.settings.policy,
         "fallback_reason": instance.fallback_reason or None,

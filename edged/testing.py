@@ -19,6 +19,7 @@ import numpy as np
 
 from edged.errors import Code
 from edged.runtimes.base import DTYPES, LoadCancel, LoadFailed, LoadRequest, RunFailed, Runtime
+from edged.runtimes.onnx_graph import Graph, Node, ValueInfo
 from edged.tensors import DATATYPES, TensorSpec
 
 __all__ = ["FakeRuntime", "check_runtime", "create", "write_fake_model"]
@@ -150,6 +151,27 @@ class FakeRuntime:
         if behaviour == "raise":
             raise LoadFailed("MODEL_LOAD_FAILED", "the fake model does not load, as it was told")
         return _FakeModel(settings, request)
+
+    def graph(self, request: LoadRequest) -> Graph:
+        settings = json.loads(Path(request.path).read_text())
+        values = {
+            kind: tuple(
+                ValueInfo(t["name"], "tensor", t["datatype"], tuple(None if d < 0 else d for d in t["shape"]))
+                for t in settings[kind]
+            )
+            for kind in ("inputs", "outputs")
+        }
+        return Graph(
+            nodes=tuple(
+                Node("Identity", "", "", (a.name,), (b.name,), {})
+                for a, b in zip(values["inputs"], values["outputs"])  # noqa: B905 - some may give nothing
+                if a.name != b.name
+            ),
+            initializers={},
+            inputs=values["inputs"],
+            outputs=values["outputs"],
+            opsets={"": 17},
+        )
 
     def full_name(self, device: str) -> str:
         return f"fake {device}"

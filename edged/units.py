@@ -18,6 +18,7 @@ __all__ = [
     "ValueProblem",
     "choice",
     "duration",
+    "flag",
     "kind_of_text",
     "list_of",
     "memory",
@@ -100,6 +101,22 @@ def _number_read(text: str) -> object:
             return float(text)
         except ValueError:
             return text
+
+
+def flag() -> Kind:
+    """true or false."""
+    wants = "true or false"
+
+    def parse(value: object) -> object:
+        if not isinstance(value, bool):
+            raise _problem(wants, value)
+        return value
+
+    return Kind(wants, parse, lambda text: {"true": True, "false": False}.get(text, text), _flag_show)
+
+
+def _flag_show(value: object) -> str:
+    return "true" if value else "false"
 
 
 def whole(low: int, high: int) -> Kind:

@@ -32,6 +32,7 @@ import msgpack
 from edged import agreement, batching
 from edged.errors import Code
 from edged.measuring import measure, no_result
+from edged.row_independence import Reading, changes, read_rows
 from edged.runner import PACKET_BYTES_MAX, Loaded, Runner
 from edged.runtimes.base import (
     LoadCancel,
@@ -44,7 +45,7 @@ from edged.runtimes.base import (
     create_runtime,
     silence_telemetry,
 )
-from edged.runtimes.onnx_graph import steady_inputs
+from edged.runtimes.onnx_graph import Graph, steady_inputs
 
 __all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "run_worker"]
 
@@ -210,18 +211,20 @@ class Worker:
         cancel.check()
         model = runtime.load(load_request(settings), cancel)
         load_ms = (time.perf_counter() - began) * 1e3
+        graph = _graph(runtime, settings)
+        moody = changes(graph) if isinstance(graph, Graph) else ""
         try:
             samples = agreement.read_golden(
                 settings.get("golden_dir"), settings.get("golden") or (), model.inputs, model.outputs
             )
             began = time.perf_counter()
-            warm = _warm_up(model, samples, settings.get("warmup", 1), cancel)
+            warm = _warm_up(model, samples, settings.get("warmup", 1), cancel, timed=not moody)
             warmup_ms = (time.perf_counter() - began) * 1e3
             checked = agreement.check_golden(model, samples, tolerance=settings.get("tolerance") or {})
             batch = _known_batch(settings, warm)
             if batch is None:
                 self._say(["proving", instance])
-                batch = _find_batch(model, samples, settings, warm, cancel)
+                batch = _find_batch(model, graph, samples, settings, warm, cancel)
         except agreement.GoldenMismatch as e:
             model.close()
             raise LoadFailed("GOLDEN_MISMATCH", str(e)) from e
@@ -235,7 +238,7 @@ class Worker:
             [s.name for s in model.outputs],
             {s.name: s.datatype for s in model.outputs},
             frozenset(s.name for s in model.outputs if s.datatype == "OPTIONAL"),
-            steady_inputs(settings["path"]) if settings.get("format") == "onnx" else frozenset(),
+            steady_inputs(graph) if isinstance(graph, Graph) and _is_onnx(settings) else frozenset(),
         )
         return [
             "loaded",
@@ -251,6 +254,7 @@ class Worker:
                 "threads": model.threads,
                 "instances": model.instances,
                 "batch": batch.to_wire(),
+                "changes": moody,
                 "load_ms": load_ms,
                 "warmup_ms": warmup_ms,
                 "warmup_note": warm.note,
@@ -281,8 +285,25 @@ class _Warmed:
     note: str | None = None
 
 
-def _warm_up(model: Model, samples: Sequence[agreement.Sample], runs: int, cancel: LoadCancel) -> _Warmed:
-    """Runs the model, so that the first request does not pay; what goes wrong is only noted."""
+def _graph(runtime: Runtime, settings: Mapping[str, Any]) -> Graph | str:
+    """What the model's file says it does, or why that is not known."""
+    try:
+        return runtime.graph(load_request(settings))
+    except (ValueError, OSError) as e:
+        return f"its graph cannot be read: {clean_text(e)}"
+
+
+def _is_onnx(settings: Mapping[str, Any]) -> bool:
+    return bool(settings.get("format", "onnx") == "onnx")
+
+
+def _warm_up(
+    model: Model, samples: Sequence[agreement.Sample], runs: int, cancel: LoadCancel, *, timed: bool
+) -> _Warmed:
+    """Runs the model, so that the first request does not pay; what goes wrong is only noted.
+
+    With `timed` it is run for a short while more, to know what a request can expect.
+    """
     if runs < 1:
         return _Warmed(note="there is to be no warm-up")
     names = [s.name for s in model.outputs]
@@ -293,7 +314,9 @@ def _warm_up(model: Model, samples: Sequence[agreement.Sample], runs: int, cance
             began = time.perf_counter()
             model.run(feeds, names)
             taken_s = time.perf_counter() - began
-        if taken_s < TIMED_RUN_MAX_S:  # else the first run's time, with all that happens only once, must do
+        if (
+            timed and taken_s < TIMED_RUN_MAX_S
+        ):  # else the first run's time, with all that happens only once, must do
             taken_s = batching.run_us(model, feeds, names)[1] / 1e6
     except RunFailed as e:
         if e.fatal:
@@ -318,6 +341,7 @@ def _known_batch(settings: Mapping[str, Any], warm: _Warmed) -> batching.Batch |
 
 def _find_batch(
     model: Model,
+    graph: Graph | str,
     samples: Sequence[agreement.Sample],
     settings: Mapping[str, Any],
     warm: _Warmed,
@@ -329,13 +353,18 @@ def _find_batch(
     if warm.note:
         why = warm.note
     else:
-        bounds = agreement.FAST if settings.get("precision") == "fast" else agreement.FULL
+        rules = batching.Rules(
+            read_rows(graph) if isinstance(graph, Graph) else Reading(graph, {}),
+            vouched=settings.get("rows") == "independent",
+            exact=bool(settings.get("exact")),
+            finite=bool(settings.get("finite_inputs")),
+        )
         timer = threading.Timer(TRIAL_MAX_S, model.cancel)
         timer.daemon = True
         if wanted is None:
             timer.start()
         try:
-            return batching.explore(model, samples, wanted=wanted, bounds=bounds, check=cancel.check)
+            return batching.explore(model, samples, rules=rules, wanted=wanted, check=cancel.check)
         except (batching.NotBatchable, agreement.NoInputs) as e:
             why = str(e)
         except RunFailed as e:

@@ -135,6 +135,9 @@ class Workers:
             "golden_dir": None if golden is None else str(golden),
             "golden": [{"inputs": dict(g.inputs), "outputs": dict(g.outputs)} for g in settings.golden],
             "tolerance": {"rtol": settings.tolerance.rtol, "atol": settings.tolerance.atol},
+            "rows": settings.rows,
+            "exact": settings.exact,
+            "finite_inputs": settings.finite_inputs,
         }
 
     def setup_of(self, instance: Instance, candidate: Candidate) -> Setup:

@@ -227,7 +227,7 @@ def graph(*nodes: Any, inputs: Sequence[str] = ("x",)) -> onnx.ModelProto:
 
 def steady(path: Path, *nodes: Any, inputs: Sequence[str] = ("x",)) -> frozenset[str]:
     """What is said of a model of these nodes."""
-    return steady_inputs(str(zoo.write(path / "m.onnx", graph(*nodes, inputs=inputs))))
+    return steady_inputs(read_graph(str(zoo.write(path / "m.onnx", graph(*nodes, inputs=inputs)))))
 
 
 def test_numbers_that_are_only_computed_with_may_change(tmp_path: Path) -> None:
@@ -263,13 +263,17 @@ def test_a_subgraph_sees_what_is_around_it(tmp_path: Path) -> None:
 
 
 def test_a_bent_file_is_steady_nowhere_or_says_so(tmp_path: Path) -> None:
-    """Every truncation gives a set, never an exception."""
+    """Of what is left of a file no more is steady than of the whole."""
     whole = graph(("MatMul", "x w", "y", {})).SerializeToString()
     for length in range(1, len(whole)):
-        steady_inputs(str(zoo.write(tmp_path / "cut.onnx", whole[:length])))
+        try:
+            left = read_graph(str(zoo.write(tmp_path / "cut.onnx", whole[:length])))
+        except ValueError:
+            continue
+        assert steady_inputs(left) <= {"x"}
 
 
 @pytest.mark.parametrize("name", ["squeezenet", "shufflenet"])
 def test_image_models_are_read_in_place(name: str) -> None:
     """What leases are for."""
-    assert steady_inputs(str(zoo.real(name)))
+    assert steady_inputs(read_graph(str(zoo.real(name))))

@@ -269,6 +269,8 @@ def _running(row: _Row) -> Iterator[str]:
         most = batch.get("max") or 1
         what = f"up to {most} rows of different requests share a run" if most > 1 else "no batching"
         yield _batch_text(what, batch)
+    if row.get("changes"):
+        yield f"the same request may be answered otherwise each time: {row['changes']}"
     count, errors = row.get("infer_count") or 0, row.get("error_count") or 0
     text = f"{count} answered, {errors} failed"
     if count and row.get("p50_us"):

@@ -25,6 +25,7 @@ import numpy as np
 
 from edged import arrays
 from edged.errors import Code
+from edged.runtimes.onnx_graph import Graph
 from edged.tensors import TensorSpec
 
 __all__ = [
@@ -169,6 +170,10 @@ class Runtime(Protocol):
 
     def load(self, request: LoadRequest, cancel: LoadCancel) -> Model:
         """Loads a model onto exactly the device asked for. Raises LoadFailed."""
+        ...
+
+    def graph(self, request: LoadRequest) -> Graph:
+        """What the model's file says it does. Raises ValueError where that cannot be read."""
         ...
 
     def full_name(self, device: str) -> str:

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Constant", "Graph", "Node", "ValueInfo", "read_graph", "steady_inputs", "unranked"]
+__all__ = ["Constant", "Graph", "Node", "ValueInfo", "read_graph", "seen_by", "steady_inputs", "unranked"]
 
 VALUES_MAX = 4096
 """Elements of a constant whose values are kept: sizes and axes have a few, weights have more."""
@@ -109,6 +109,11 @@ class Node:
     def label(self) -> str:
         """What people find the node by."""
         return f"{self.op} '{self.name or (self.outputs[0] if self.outputs else '')}'"
+
+    def integer(self, name: str) -> int:
+        """An attribute that is a whole number, 0 where it is left out or is none."""
+        value = self.attributes.get(name)
+        return value if isinstance(value, int) else 0
 
     @property
     def graphs(self) -> tuple[Graph, ...]:
@@ -461,7 +466,7 @@ def _check_order(graph: Graph) -> None:
         raise ValueError("a tensor is written twice")
     for node in graph.nodes:
         early = unwritten.intersection(
-            (*node.inputs, *(name for sub in node.graphs for name in _seen_by(sub)))
+            (*node.inputs, *(name for sub in node.graphs for name in seen_by(sub)))
         )
         if early:
             raise ValueError(f"{node.label} reads '{min(early)}' before it is written")
@@ -598,24 +603,20 @@ def unranked(path: str) -> frozenset[str]:
     return frozenset(v.name for v in both if v.kind == "tensor" and v.shape is None)
 
 
-def steady_inputs(path: str) -> frozenset[str]:
+def steady_inputs(graph: Graph) -> frozenset[str]:
     """The graph's inputs of which every number may change at any moment of a run without harm.
 
     A sort that finds its numbers changed leaves its bounds, and so does an index that was checked before; a
     convolution or a product only computes something else. So these are the inputs that reach nothing but
-    operators of the second kind. Empty for an unreadable file.
+    operators of the second kind.
     """
-    try:
-        graph = read_graph(path)
-    except ValueError:
-        return frozenset()
     inputs = {value.name for value in graph.inputs}
     origins = {name: {name} for name in inputs}
     """By a tensor's name, the inputs that it may be."""
     unsteady: set[str] = set()
     for node in graph.nodes:
         read = {o for name in node.inputs for o in origins.get(name, ())}
-        within = {o for sub in node.graphs for name in _seen_by(sub) for o in origins.get(name, ())}
+        within = {o for sub in node.graphs for name in seen_by(sub) for o in origins.get(name, ())}
         unsteady |= within
         if node.domain or node.op not in _COMPUTE | _PASS:
             unsteady |= read
@@ -625,10 +626,14 @@ def steady_inputs(path: str) -> frozenset[str]:
     return frozenset(inputs - unsteady)
 
 
-def _seen_by(graph: Graph) -> Iterator[str]:
-    """The names that a subgraph mentions, at any depth, its outputs' too: some are of tensors around it."""
-    yield from (value.name for value in graph.outputs)
+def seen_by(graph: Graph) -> Iterator[str]:
+    """The names that a subgraph reads from around it, at any depth, its outputs' too."""
+    own = {*graph.initializers, *(value.name for value in graph.inputs)}
+    own.update(name for node in graph.nodes for name in node.outputs)
+    for name in (value.name for value in graph.outputs):
+        if name not in own:
+            yield name
     for node in graph.nodes:
-        yield from node.inputs
-        for sub in node.graphs:
-            yield from _seen_by(sub)
+        for name in (*node.inputs, *(each for sub in node.graphs for each in seen_by(sub))):
+            if name not in own:
+                yield name

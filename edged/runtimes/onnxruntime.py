@@ -33,7 +33,7 @@ from edged.runtimes.base import (
     silence_telemetry,
 )
 from edged.runtimes.compiled import Kept, cpu_identity, key_of
-from edged.runtimes.onnx_graph import unranked
+from edged.runtimes.onnx_graph import Graph, read_graph, unranked
 from edged.tensors import TensorSpec
 
 silence_telemetry()
@@ -248,6 +248,9 @@ class OnnxRuntime:
                 return None
             model.metadata = dict(note["metadata"])
             return model
+
+    def graph(self, request: LoadRequest) -> Graph:
+        return read_graph(request.path)
 
     def full_name(self, device: str) -> str:
         return _cuda_name(device) if device.startswith("CUDA:") else _cpu_name()

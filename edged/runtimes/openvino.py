@@ -36,6 +36,8 @@ from edged.runtimes.base import (
     silence_telemetry,
 )
 from edged.runtimes.compiled import BYTES_MAX, cache_folder, prune
+from edged.runtimes.onnx_graph import Graph, read_graph
+from edged.runtimes.openvino_graph import graph_of
 from edged.tensors import TensorSpec
 
 silence_telemetry()
@@ -87,6 +89,7 @@ class _OpenVinoModel:
         self._running: dict[int, Any] = {}
         """The requests of the runs that are going on: by them a run is cancelled."""
         self._cancelled: dict[int, None] = {}
+        self._has_state = bool(model.get_variables())
         self._quick_bytes = -1  # inputs of up to this size were run in less than QUICK_RUN_NS
         self.device = device
         self.precision = precision
@@ -112,6 +115,9 @@ class _OpenVinoModel:
                 _refuse_wide(name, feeds[name])
         request = self._running[run] = self._idle.get()
         try:
+            if self._has_state:
+                # Each run begins from the initial state: what another request left is not for this one.
+                request.reset_state()
             return self._run(request, feeds, output_names, run)
         finally:
             del self._running[run]
@@ -231,6 +237,14 @@ class OpenVino:
             threads=request.threads,
             instances=request.instances,
         )
+
+    def graph(self, request: LoadRequest) -> Graph:
+        if request.format == "onnx":
+            return read_graph(request.path)
+        try:
+            return graph_of(ov.Core().read_model(request.path))
+        except RuntimeError as e:
+            raise ValueError(clean_text(e)) from e
 
     def full_name(self, device: str) -> str:
         return str(ov.Core().get_property(device, "FULL_DEVICE_NAME"))

@@ -1,0 +1,176 @@
+"""The rows that a model is tried on, to see that none changes another's answer.
+
+Made up so that what couples rows shows: ordinary numbers, one row a hundred times as large, one of NaN,
+zeros, ones, and one row twice, for a model whose output depends on the data (NonZero, Unique) has as many
+rows as there are numbers in a random input, but not then. Integers are spread as far as the model takes
+them: what scales by the largest of a batch, or counts to it, does not show with zeros and ones. Free
+dimensions have sizes above 1, at least two different ones: a view that mistakes one axis for another is
+right with 1.
+
+Owns the making. Pure but for numpy; runs on Python 3.10 too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from edged.agreement import NoInputs, Sample
+from edged.runtimes.base import DTYPES
+from edged.tensors import TensorSpec
+
+__all__ = ["LOUD_AT", "NAN_AT", "SIZES", "SPREADS", "Sizes", "golden_rows", "make_rows", "sizes_to_try"]
+
+ROWS = 8
+"""Different rows that take part."""
+
+LOUD, LOUD_AT = 100.0, 1
+"""How much larger the numbers of one row are, and which it is: of a batch of two, too. What is scaled by
+the largest number of a whole batch, as models are that quantise as they go, takes the others' digits away."""
+
+NAN_AT = 4
+"""Which row is NaN: what mixes rows by adding them up hands it on."""
+
+SPREADS = (1 << 20, 30_000, 1_000, 100, 1)
+"""How far integers go, the first that the model takes: numbers that are only computed with, tokens of a large
+vocabulary and of a small one, labels, flags. Bytes go as far as they can."""
+
+SIZES = ((3, 5, 4), (5, 4, 7), (32, 64), (64, 32), (32,), (64,), (8,), (16,), (128,), (224,))
+"""For the free dimensions in order, over and over; the first that the model takes. Small ones cost little;
+networks of convolutions want multiples of 32, some want all alike."""
+
+ELEMENTS_MAX = 1 << 24
+"""Of one made-up input."""
+
+Sizes = Mapping[str, tuple[int, ...]]
+"""A row's shape by input, the first dimension left out."""
+
+Row = dict[str, Any]
+
+
+def sizes_to_try(specs: Sequence[TensorSpec], golden: Sequence[Row]) -> Iterator[tuple[Sizes, Row | None]]:
+    """Shapes of a row that differ, those of golden rows first, each with its row."""
+    seen = set()
+    own = [({spec.name: tuple(row[spec.name].shape[1:]) for spec in specs}, row) for row in golden]
+    for sizes, row in (*own, *((_sizes(specs, choice), None) for choice in SIZES)):
+        key = tuple(sizes.values())
+        if key not in seen:
+            seen.add(key)
+            yield sizes, row
+
+
+def _sizes(specs: Sequence[TensorSpec], choice: Sequence[int]) -> Sizes:
+    """Dimensions of one name have one size; those without are alike where they stand at the same place."""
+    known: dict[str | int, int] = {}
+    found = {}
+    for spec in specs:
+        sizes = []
+        for axis, size in enumerate(spec.shape or ()):
+            if axis == 0:
+                continue
+            if size >= 0:
+                sizes.append(size)
+                continue
+            name = spec.dim_names[axis] if spec.dim_names else None
+            key: str | int = name or axis
+            sizes.append(known.setdefault(key, choice[len(known) % len(choice)]))
+        found[spec.name] = tuple(sizes)
+    return found
+
+
+def golden_rows(specs: Sequence[TensorSpec], samples: Sequence[Sample]) -> list[Row]:
+    """The first row of each golden sample that is a batch of rows."""
+    found = []
+    for sample in samples:
+        inputs = sample.inputs
+        if not all(spec.name in inputs and inputs[spec.name].ndim for spec in specs):
+            continue
+        if len({inputs[spec.name].shape[0] for spec in specs} - {0}) == 1:
+            found.append({spec.name: inputs[spec.name][:1] for spec in specs})
+    return found
+
+
+def make_rows(
+    specs: Sequence[TensorSpec],
+    sizes: Sizes,
+    *,
+    spread: int,
+    limits: Mapping[str, int],
+    finite: bool,
+    first: Row | None = None,
+) -> list[Row]:
+    """`ROWS` single rows of these sizes; integers up to `spread`, or as far as a table goes that they index.
+
+    `finite`: none is NaN. `first` takes part as it is. Raises NoInputs for a model that cannot be fed.
+    """
+    for spec in specs:
+        if math.prod(sizes[spec.name]) > ELEMENTS_MAX:
+            raise NoInputs(
+                f"input {spec.name!r} has {math.prod(sizes[spec.name])} elements, too many to make up"
+            )
+
+    def filled(make: Callable[[tuple[int, ...]], Any], whole: Callable[[tuple[int, ...], int], Any]) -> Row:
+        row = {}
+        for spec in specs:
+            shape = (1, *sizes[spec.name])
+            dtype = DTYPES[spec.datatype]
+            if spec.datatype == "BF16" or dtype.kind == "f":
+                row[spec.name] = _as_floats(make(shape), spec.datatype)
+            else:
+                most = min(spread, limits.get(spec.name, spread + 1) - 1, _largest(dtype))
+                row[spec.name] = whole(shape, most).astype(dtype)
+        return row
+
+    def numbers(seed: int) -> Row:
+        return filled(partial(_numbers, seed), partial(_integers, seed))
+
+    first = first or numbers(0)
+    loud = filled(lambda shape: LOUD * _numbers(ROWS, shape), lambda shape, most: np.full(shape, most))
+    nan = numbers(4) if finite else filled(_with_nan, partial(_integers, 5))
+    zeros = filled(np.zeros, lambda shape, most: np.zeros(shape, np.int64))
+    ones = filled(np.ones, lambda shape, most: np.full(shape, min(1, most)))
+    return [first, loud, first, zeros, nan, ones, numbers(1), numbers(2)]
+
+
+def _largest(dtype: np.dtype[Any]) -> int:
+    return 1 if dtype.kind == "b" else int(np.iinfo(dtype).max)
+
+
+def _with_nan(shape: tuple[int, ...]) -> Any:
+    """Ordinary numbers, every second of them NaN, and the first."""
+    values = _numbers(5, shape)
+    values.reshape(-1)[::2] = np.nan
+    return values
+
+
+def _integers(seed: int, shape: tuple[int, ...], most: int) -> Any:
+    """From 0 to `most`, both among them where there is room."""
+    bits = _bits(seed, shape).astype(np.int64)
+    values = bits % (most + 1)
+    flat = values.reshape(-1)
+    if flat.size > 2:
+        flat[seed % flat.size], flat[(seed + 1) % flat.size] = most, 0
+    return values
+
+
+def _numbers(seed: int, shape: tuple[int, ...]) -> Any:
+    """Numbers of mean 0 and variance 1, the same for a seed everywhere."""
+    return (_bits(seed, shape) / 2.0**31 - 1.0) * math.sqrt(3)
+
+
+def _bits(seed: int, shape: tuple[int, ...]) -> Any:
+    """A hash of the place (the finaliser of MurmurHash3): numpy's generators take 15 ms to import."""
+    bits = np.arange(1 + seed, 1 + seed + math.prod(shape) * ROWS, ROWS, dtype=np.uint32)
+    for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
+        bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
+    return bits.reshape(shape)
+
+
+def _as_floats(values: Any, datatype: str) -> Any:
+    if datatype == "BF16":
+        return (values.astype("f4").view("u4") >> 16).astype("u2").reshape(values.shape)
+    return values.astype(DTYPES[datatype])
