@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.stamp
 BENCH_STAMP := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test test-device check format bench bench-peers deb man clean
+.PHONY: help setup demo run test test-device torture check format bench bench-peers deb man clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -36,6 +36,9 @@ test: $(STAMP)  ## run all tests
 # DEVICE_FLAGS=--may-skip makes a machine that cannot do it no failure; what is skipped is said.
 test-device: $(STAMP)  ## boot a Debian with the packages in it and live a day there; as root (4 minutes)
 	@$(BIN)/python -m tests.device $(DEVICE_FLAGS)
+
+torture: $(STAMP)  ## random graphs against ONNX Runtime, 10,000 of them (5 minutes); GRAPHS=N, SEED=N
+	@$(BIN)/python -m tests.torture $(if $(GRAPHS),--graphs $(GRAPHS)) $(if $(SEED),--seed $(SEED))
 
 check: $(STAMP)  ## lint, formatting, types
 	@$(BIN)/ruff check .

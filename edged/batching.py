@@ -26,7 +26,7 @@ from edged.agreement import Sample
 from edged.row_independence import Reading
 from edged.runtimes.base import Model, RunFailed
 from edged.tensors import ITEM_BYTES
-from edged.trial_rows import LOUD_AT, NAN_AT, Sizes
+from edged.trial_rows import STEP_NAN, Kind, Row, Sizes
 
 __all__ = ["Batch", "NotBatchable", "Rules", "explore", "run_us"]
 
@@ -44,12 +44,12 @@ GAIN_MIN = 1.1
 """Rows per second over those of the size before; less is not worth the longer wait of each request."""
 
 ROWS_MIN = 5
-"""Rows that take part where one run takes long: an ordinary one, twice, the loud one, zeros, NaN."""
+"""Rows that take part where one run takes long: an ordinary one, twice, the loud, the quiet, one of NaN."""
 
 SLOT_S, RUNS_MAX = 0.01, 50
 """How long, and how often, a size is timed."""
 
-STEPS = (1, NAN_AT, -1)
+STEPS = (1, STEP_NAN, -1)
 """The orders of a size, as steps through the rows: all of them, one beside NaN, all the other way round."""
 
 RUNS_PER_SIZE = 4
@@ -184,13 +184,26 @@ def run_us(model: Model, feeds: Mapping[str, Any], names: Sequence[str]) -> tupl
 class _Variant:
     """Rows of one shape, and what each is answered with alone."""
 
-    rows: list[dict[str, Any]]
+    rows: list[tuple[Kind, Row]]
     alone: list[list[Any]]
 
     @property
     def is_constant(self) -> bool:
-        """Whether all ordinary rows are answered alike."""
-        return agreement.is_constant([a for at, a in enumerate(self.alone) if at not in (LOUD_AT, NAN_AT)])
+        """Whether all rows of numbers are answered alike."""
+        finite = [a for (kind, _), a in zip(self.rows, self.alone) if kind is not Kind.NAN]  # noqa: B905 - as many
+        return agreement.is_constant(finite)
+
+    def joined(self, order: Sequence[int]) -> Row:
+        """Rows one behind the other."""
+        rows = [self.rows[at][1] for at in order]
+        return {name: np.concatenate([row[name] for row in rows]) for name in rows[0]}
+
+    def groups(self, order: Sequence[int]) -> Iterator[list[int]]:
+        """The places of a batch by the kind of row that stands there."""
+        for kind in Kind:
+            group = [place for place, at in enumerate(order) if self.rows[at][0] is kind]
+            if group:
+                yield group
 
 
 class _Trial:
@@ -250,12 +263,12 @@ class _Trial:
                 "takes; golden samples of two sizes would show them"
             )
         answers = self._variants[0].alone
-        self.row_bytes = sum(array.nbytes for array in self._variants[0].rows[0].values())
+        self.row_bytes = sum(array.nbytes for array in self._variants[0].rows[0][1].values())
         self.row_bytes += sum(value.nbytes for value in answers[0])
         if not self._rules.vouched and any(each.is_constant for each in self._variants):
             raise NotBatchable("the model answers the same to every input, which proves nothing")
 
-    def _variant(self, sizes: Sizes, first: dict[str, Any] | None, until_s: float) -> _Variant:
+    def _variant(self, sizes: Sizes, first: Row | None, until_s: float) -> _Variant:
         """Rows of these sizes, integers as far as the model takes them. Raises RunFailed if it takes none."""
         refused: RunFailed | None = None
         for spread in trial_rows.SPREADS:
@@ -276,9 +289,9 @@ class _Trial:
         assert refused is not None
         raise refused
 
-    def _answered(self, rows: list[dict[str, Any]], until_s: float) -> _Variant:
+    def _answered(self, rows: list[tuple[Kind, Row]], until_s: float) -> _Variant:
         alone: list[list[Any]] = []
-        for at, row in enumerate(rows):
+        for at, (kind, row) in enumerate(rows):
             if len(alone) >= ROWS_MIN and time.monotonic() > until_s:
                 break
             self._check()
@@ -286,7 +299,7 @@ class _Trial:
                 alone.append(self._answer(row, 1))
             except RunFailed as e:
                 # Such numbers are none that the model takes; integers may only be too large.
-                if at not in (LOUD_AT, NAN_AT) or e.fatal or self._has_integers:
+                if kind is Kind.PLAIN or e.fatal or self._has_integers:
                     raise
                 rows[at] = rows[0]
                 alone.append(alone[0])
@@ -319,9 +332,9 @@ class _Trial:
     def _prove(self, variant: _Variant, size: int, step: int) -> None:
         self._check()
         order = [(place * step) % len(variant.rows) for place in range(size)]
-        together = self._answer(_joined(variant, order), size)
+        together = self._answer(variant.joined(order), size)
         for at, (name, datatype) in enumerate(zip(self._names, self._datatypes)):  # noqa: B905 - one each
-            for group in _groups(order):
+            for group in variant.groups(order):
                 alone = np.concatenate([variant.alone[order[place]][at] for place in group])
                 why = self._difference(alone, together[at][group], datatype)
                 if not why:
@@ -359,7 +372,7 @@ class _Trial:
         """Finds what a batch of this size takes."""
         self._check()
         variant = self._variants[0]
-        feeds = _joined(variant, [place % len(variant.rows) for place in range(size)])
+        feeds = variant.joined([place % len(variant.rows) for place in range(size)])
         least_us, median_us = run_us(self._model, feeds, self._names)
         self._least_us[size] = min(least_us, self._least_us.get(size, math.inf))
         self._median_us[size] = min(median_us, self._median_us.get(size, math.inf))
@@ -372,7 +385,7 @@ class _Trial:
         """What came of it; the memory of the sizes that will not be run again is given back."""
         self._model.shrink()
         for _ in range(2):  # the first gives back, the second has what a run needs at hand again
-            self._model.run(self._variants[0].rows[0], self._names)
+            self._model.run(self._variants[0].rows[0][1], self._names)
         if self._rules.vouched:
             why += "; rows stand alone by the owner's word"
             why += f", though {self._saw}" if self._saw else ""
@@ -388,23 +401,6 @@ class _Trial:
                 shape = list(value.shape) if isinstance(value, np.ndarray) else None
                 raise NotBatchable(f"output '{name}' of {rows} rows has the shape {shape}")
         return values
-
-
-def _joined(variant: _Variant, order: Sequence[int]) -> dict[str, Any]:
-    rows = variant.rows
-    return {name: np.concatenate([rows[at][name] for at in order]) for name in rows[0]}
-
-
-def _groups(order: Sequence[int]) -> Iterator[list[int]]:
-    """The places of a batch by what stands there: beside a loud row's numbers others' would not count."""
-    for special in (None, LOUD_AT, NAN_AT):
-        group = [
-            place
-            for place, row in enumerate(order)
-            if (row == special or (special is None and row not in (LOUD_AT, NAN_AT)))
-        ]
-        if group:
-            yield group
 
 
 def _apart(alone: Any, together: Any) -> tuple[bool, float, float]:

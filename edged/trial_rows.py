@@ -1,17 +1,18 @@
 """The rows that a model is tried on, to see that none changes another's answer.
 
-Made up so that what couples rows shows: ordinary numbers, one row a hundred times as large, one of NaN,
-zeros, ones, and one row twice, for a model whose output depends on the data (NonZero, Unique) has as many
-rows as there are numbers in a random input, but not then. Integers are spread as far as the model takes
-them: what scales by the largest of a batch, or counts to it, does not show with zeros and ones. Free
-dimensions have sizes above 1, at least two different ones: a view that mistakes one axis for another is
-right with 1.
+Made up so that what couples rows shows: ordinary numbers, a row a hundred times as large and one a
+thousandth, some with NaN and infinities at a few places or many, zeros, ones, and one row twice, for a model
+whose output depends on the data (NonZero, Unique) has as many rows as there are numbers in a random input,
+but not then. Integers are spread as far as the model takes them: what scales by the largest of a batch, or
+counts to it, does not show with zeros and ones. Free dimensions have sizes above 1, at least two different
+ones: a view that mistakes one axis for another is right with 1.
 
 Owns the making. Pure but for numpy; runs on Python 3.10 too.
 """
 
 from __future__ import annotations
 
+import enum
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -23,17 +24,26 @@ from edged.agreement import NoInputs, Sample
 from edged.runtimes.base import DTYPES
 from edged.tensors import TensorSpec
 
-__all__ = ["LOUD_AT", "NAN_AT", "SIZES", "SPREADS", "Sizes", "golden_rows", "make_rows", "sizes_to_try"]
+__all__ = ["SIZES", "SPREADS", "STEP_NAN", "Kind", "Row", "Sizes", "golden_rows", "make_rows", "sizes_to_try"]
 
-ROWS = 8
-"""Different rows that take part."""
 
-LOUD, LOUD_AT = 100.0, 1
-"""How much larger the numbers of one row are, and which it is: of a batch of two, too. What is scaled by
-the largest number of a whole batch, as models are that quantise as they go, takes the others' digits away."""
+class Kind(enum.Enum):
+    """What a row is; those of one kind are looked at by themselves, since loud numbers drown others."""
 
-NAN_AT = 4
-"""Which row is NaN: what mixes rows by adding them up hands it on."""
+    PLAIN = "plain"
+    LOUD = "loud"
+    QUIET = "quiet"
+    FAINT = "faint"
+    NAN = "nan"
+
+
+LOUD, QUIET, FAINT = 100.0, 1e-3, 1e-6
+"""How much larger, or smaller, the numbers of a row are. What is scaled by the largest number of a whole
+batch, as models are that quantise as they go, takes the others' digits away beside the loud one; the small
+ones show what is rounded by a step that is the same for all numbers."""
+
+STEP_NAN = 4
+"""How many rows the first of NaN is behind the first."""
 
 SPREADS = (1 << 20, 30_000, 1_000, 100, 1)
 """How far integers go, the first that the model takes: numbers that are only computed with, tokens of a large
@@ -45,6 +55,9 @@ networks of convolutions want multiples of 32, some want all alike."""
 
 ELEMENTS_MAX = 1 << 24
 """Of one made-up input."""
+
+SEEDS = 10
+"""Of numbers that differ."""
 
 Sizes = Mapping[str, tuple[int, ...]]
 """A row's shape by input, the first dimension left out."""
@@ -102,16 +115,16 @@ def make_rows(
     limits: Mapping[str, int],
     finite: bool,
     first: Row | None = None,
-) -> list[Row]:
-    """`ROWS` single rows of these sizes; integers up to `spread`, or as far as a table goes that they index.
+) -> list[tuple[Kind, Row]]:
+    """Single rows of these sizes; integers up to `spread`, or as far as a table goes that they index.
 
-    `finite`: none is NaN. `first` takes part as it is. Raises NoInputs for a model that cannot be fed.
+    `finite`: none is NaN or infinite. `first` takes part as it is. Raises NoInputs for a model that cannot be
+    fed.
     """
     for spec in specs:
-        if math.prod(sizes[spec.name]) > ELEMENTS_MAX:
-            raise NoInputs(
-                f"input {spec.name!r} has {math.prod(sizes[spec.name])} elements, too many to make up"
-            )
+        count = math.prod(sizes[spec.name])
+        if count > ELEMENTS_MAX:
+            raise NoInputs(f"input {spec.name!r} has {count} elements, too many to make up")
 
     def filled(make: Callable[[tuple[int, ...]], Any], whole: Callable[[tuple[int, ...], int], Any]) -> Row:
         row = {}
@@ -125,26 +138,48 @@ def make_rows(
                 row[spec.name] = whole(shape, most).astype(dtype)
         return row
 
-    def numbers(seed: int) -> Row:
-        return filled(partial(_numbers, seed), partial(_integers, seed))
+    def numbers(seed: int, factor: float = 1.0) -> Row:
+        return filled(lambda shape: factor * _numbers(seed, shape), partial(_integers, seed))
+
+    def odd(seed: int, *values: float, step: int, last: bool = False) -> tuple[Kind, Row]:
+        if finite:
+            return Kind.PLAIN, numbers(seed)
+        make = partial(_odd, seed, values, step, last)
+        return Kind.NAN, filled(make, partial(_integers, seed))
 
     first = first or numbers(0)
-    loud = filled(lambda shape: LOUD * _numbers(ROWS, shape), lambda shape, most: np.full(shape, most))
-    nan = numbers(4) if finite else filled(_with_nan, partial(_integers, 5))
+    loud = filled(lambda shape: LOUD * _numbers(9, shape), lambda shape, most: np.full(shape, most))
+    quiet = filled(lambda shape: QUIET * _numbers(8, shape), lambda shape, most: np.full(shape, min(2, most)))
     zeros = filled(np.zeros, lambda shape, most: np.zeros(shape, np.int64))
     ones = filled(np.ones, lambda shape, most: np.full(shape, min(1, most)))
-    return [first, loud, first, zeros, nan, ones, numbers(1), numbers(2)]
+    return [
+        (Kind.PLAIN, first),
+        (Kind.LOUD, loud),
+        (Kind.PLAIN, first),
+        (Kind.QUIET, quiet),
+        odd(5, np.nan, step=2),
+        (Kind.PLAIN, zeros),
+        odd(6, np.nan, step=0),
+        (Kind.PLAIN, numbers(1)),
+        odd(7, np.nan, step=0, last=True),
+        (Kind.PLAIN, ones),
+        odd(4, np.inf, -np.inf, step=3),
+        (Kind.PLAIN, numbers(2)),
+        (Kind.FAINT, numbers(3, FAINT)),
+    ]
 
 
 def _largest(dtype: np.dtype[Any]) -> int:
     return 1 if dtype.kind == "b" else int(np.iinfo(dtype).max)
 
 
-def _with_nan(shape: tuple[int, ...]) -> Any:
-    """Ordinary numbers, every second of them NaN, and the first."""
-    values = _numbers(5, shape)
-    values.reshape(-1)[::2] = np.nan
-    return values
+def _odd(seed: int, values: Sequence[float], step: int, last: bool, shape: tuple[int, ...]) -> Any:
+    """Ordinary numbers, but for the first, or the last, and every so many on from there."""
+    numbers = _numbers(seed, shape)
+    flat = numbers.reshape(-1)
+    places = np.arange(0, flat.size, step or flat.size)
+    flat[flat.size - 1 - places if last else places] = np.resize(values, places.size)
+    return numbers
 
 
 def _integers(seed: int, shape: tuple[int, ...], most: int) -> Any:
@@ -164,7 +199,7 @@ def _numbers(seed: int, shape: tuple[int, ...]) -> Any:
 
 def _bits(seed: int, shape: tuple[int, ...]) -> Any:
     """A hash of the place (the finaliser of MurmurHash3): numpy's generators take 15 ms to import."""
-    bits = np.arange(1 + seed, 1 + seed + math.prod(shape) * ROWS, ROWS, dtype=np.uint32)
+    bits = np.arange(1 + seed, 1 + seed + math.prod(shape) * SEEDS, SEEDS, dtype=np.uint32)
     for shift, factor in ((16, 0x85EBCA6B), (13, 0xC2B2AE35), (16, 1)):
         bits = (bits ^ (bits >> np.uint32(shift))) * np.uint32(factor)
     return bits.reshape(shape)

@@ -353,11 +353,12 @@ def _find_batch(
     if warm.note:
         why = warm.note
     else:
+        finite = bool(settings.get("finite_inputs"))
         rules = batching.Rules(
-            read_rows(graph) if isinstance(graph, Graph) else Reading(graph, {}),
+            read_rows(graph, finite=finite) if isinstance(graph, Graph) else Reading(graph, {}),
             vouched=settings.get("rows") == "independent",
             exact=bool(settings.get("exact")),
-            finite=bool(settings.get("finite_inputs")),
+            finite=finite,
         )
         timer = threading.Timer(TRIAL_MAX_S, model.cancel)
         timer.daemon = True

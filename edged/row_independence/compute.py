@@ -15,12 +15,15 @@ from edged.row_independence.layout import axes_of, compare, each, note_limit, nu
 from edged.row_independence.node import At, Rule
 from edged.row_independence.sizes import ONE, Size, product
 from edged.row_independence.values import Changes, Mixes, Value, aligned, fixed, numbers_of
+from edged.runtimes.onnx_graph import Node
 
 __all__ = [
     "CLASSIC",
     "COMPUTE",
     "CONTRIBUTED",
+    "EXACT",
     "MIXERS",
+    "breaks",
     "convolution",
     "elementwise",
     "product_of",
@@ -46,6 +49,75 @@ MIXERS = {
     "Multinomial": "is random",
 }
 """Operators that are known to make one of many rows, or to give another answer each time, and how."""
+
+
+EXACT = frozenset(
+    {
+        # ONNX's
+        *("Abs", "Add", "And", "ArgMax", "ArgMin", "ArrayFeatureExtractor", "Binarizer", "BitShift"),
+        *("BitwiseAnd", "BitwiseNot", "BitwiseOr", "BitwiseXor", "Cast", "CastLike", "Ceil", "Clip"),
+        *("Compress", "Concat", "Constant", "ConstantOfShape", "ConvInteger", "DepthToSpace", "Div"),
+        *("Dropout", "Equal", "Expand", "EyeLike", "FeatureVectorizer", "Flatten", "Floor", "Gather"),
+        *("GatherElements", "GatherND", "GlobalMaxPool", "Greater", "GreaterOrEqual", "Hardmax"),
+        *("Identity", "If", "Imputer", "IsInf", "IsNaN", "LabelEncoder", "LeakyRelu", "Less"),
+        *("LessOrEqual", "Loop", "MatMulInteger", "Max", "MaxPool", "Min", "Mul", "Neg", "Not"),
+        *("OneHot", "Or", "PRelu", "Pad", "QuantizeLinear", "Range", "Reciprocal", "ReduceMax"),
+        *("ReduceMin", "Relu", "Reshape", "ReverseSequence", "Round", "Scan", "ScatterElements"),
+        *("Shape", "Sign", "Size", "Slice", "SpaceToDepth", "Split", "Sqrt", "Squeeze", "Sub"),
+        *("ThresholdedRelu", "Tile", "TopK", "Transpose", "Trilu", "Unsqueeze", "Where", "Xor"),
+        # OpenVINO's
+        *("Broadcast", "Ceiling", "Clamp", "Convert", "Divide", "GreaterEqual", "LessEqual"),
+        *("LogicalAnd", "LogicalNot", "LogicalOr", "LogicalXor", "Maximum", "Minimum", "Multiply"),
+        *("Negative", "NotEqual", "Select", "ShapeOf", "StridedSlice", "Subtract", "VariadicSplit"),
+    }
+)
+"""Operators that move elements, compare, or compute by one operation, which IEEE 754 rounds in one way only.
+What all others give may depend in its last place on how many rows are computed at once."""
+
+_BREAKS = frozenset(
+    {
+        *("ArgMax", "ArgMin", "Binarizer", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Hardmax"),
+        *("LabelEncoder", "Less", "LessOrEqual", "Mod", "QuantizeLinear", "Round", "Shrink", "Sign"),
+        *("ThresholdedRelu", "TopK", "TreeEnsemble", "TreeEnsembleRegressor", "Sin", "Cos", "Tan"),
+        *("Ceiling", "FakeQuantize", "FloorMod", "GreaterEqual", "LessEqual", "NotEqual"),
+    }
+)
+"""Operators that can make two answers of numbers that differ in the last place."""
+
+_CHOOSE = frozenset({"LinearClassifier", "SVMClassifier", "TreeEnsembleClassifier"})
+"""Those that add up and choose the largest in one."""
+
+_SMALL = frozenset({"Elu", "Selu", "Celu"})
+"""exp(x) - 1: next to zero the last place of one is a large part of what is left."""
+
+
+_BY_PLACE = frozenset({"ReduceMax", "ReduceMin", "Hardmax", "ReduceLogicalAnd", "ReduceLogicalOr"})
+"""Which of several numbers is the largest depends on their order where one is NaN."""
+
+
+def breaks(node: Node, *, rounded: bool, finite: bool) -> str:
+    """How it can make two answers of what is the same but for the place in a batch; empty where it cannot.
+
+    `rounded`: whether it reads numbers that may differ in the last place; `finite`: whether none is NaN.
+    """
+    if node.op in _BY_PLACE and not finite:
+        return "takes NaN for the largest by where it stands; finite_inputs = true says that none comes"
+    if node.op in _CHOOSE:
+        return "chooses by a sum, which the runtime may round otherwise for more rows"
+    if node.op in _SMALL:
+        return "gives small numbers that the runtime rounds otherwise at another place of a batch"
+    if not rounded:
+        return ""
+    whole = node.op in _BREAKS
+    if node.op in ("Cast", "CastLike"):
+        whole = node.integer("to") not in _FLOATS
+    elif node.op == "Convert":
+        whole = not str(node.attributes.get("destination_type", "")).startswith(("f", "bf"))
+    return "can make another answer of what the runtime rounds otherwise for more rows" if whole else ""
+
+
+_FLOATS = (1, 10, 11, 16)
+"""TensorProto.DataType of floats."""
 
 
 # ------------------------------------------------------------------ element by element

@@ -50,6 +50,8 @@ class Value:
     """In order, of a tensor of at most one dimension."""
     ones: tuple[bool, ...] | None = None
     """Which numbers of a constant of floats are exactly 1: scales, of which only that matters."""
+    rounded: bool = False
+    """Whether it holds numbers that a runtime may round otherwise when it computes more rows at once."""
     source: str = ""
     """The model's input whose elements these are, unchanged and in whatever shape."""
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from edged.row_independence.compute import CLASSIC, COMPUTE, CONTRIBUTED, MIXERS
+from edged.row_independence.compute import CLASSIC, COMPUTE, CONTRIBUTED, EXACT, MIXERS, breaks
 from edged.row_independence.layout import LAYOUT, constant_value
 from edged.row_independence.node import At, Rule
 from edged.row_independence.openvino import OPENVINO
@@ -74,9 +74,12 @@ def changes(graph: Graph) -> str:
     return ""
 
 
-def read_rows(graph: Graph) -> Reading:
-    """Whether each row of every output depends on that row of the inputs alone."""
-    walk = _Walk(graph)
+def read_rows(graph: Graph, *, finite: bool = False) -> Reading:
+    """Whether each row of every output depends on that row of the inputs alone, and not on its place either.
+
+    `finite`: no input is NaN or infinite.
+    """
+    walk = _Walk(graph, finite)
     try:
         walk.outputs()
     except (Mixes, ValueError) as e:
@@ -85,9 +88,10 @@ def read_rows(graph: Graph) -> Reading:
 
 
 class _Walk:
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, finite: bool) -> None:
         self.limits: dict[str, int] = {}
         self._graph = graph
+        self._finite = finite
         self._names = Names()
         self._steps = 0
 
@@ -133,9 +137,14 @@ class _Walk:
             try:
                 given = [_of(known, name) if name else None for name in node.inputs]
                 found = self._outputs_of(node, given, known)
+                rounded = any(v is not None and v.rounded for v in given)
+                two = breaks(node, rounded=rounded, finite=self._finite)
+                if two and any(value.axis is not None for value in found):
+                    raise Mixes(two)
+                rounded = rounded or node.op not in EXACT
                 for name, value in zip(node.outputs, found):  # noqa: B905 - some are left out at the end
                     if name:
-                        known[name] = _checked(value)
+                        known[name] = _rounded(_checked(value), rounded)
             except Mixes as e:
                 raise type(e)(f"{node.label} {e}") from e
         return [_of(known, output.name) for output in graph.outputs]
@@ -248,7 +257,7 @@ class _Walk:
                 raise Mixes("has another rank in one case than in the other")
             return Value(None)
         dims = [x if x == y else self._names.fresh() for x, y in zip(a.dims, b.dims)]  # noqa: B905 - as many
-        return a.shaped(dims, a.axis)
+        return _rounded(a.shaped(dims, a.axis), b.rounded)
 
     def _gathered(self, value: Value, at: int) -> Value:
         """The outputs of all turns, one behind the other along a new axis."""
@@ -266,7 +275,11 @@ _CONTROL = {"If": _Walk._if, "Loop": _Walk._loop, "Scan": _Walk._scan}
 def _form(value: Value) -> tuple[object, ...]:
     """What must be the same in every turn: where the rows lie, and the sizes that are known."""
     dims = None if value.dims is None else tuple(None if "?" in str(d) else d for d in value.dims)
-    return dims, value.axis, value.before, value.after
+    return dims, value.axis, value.before, value.after, value.rounded
+
+
+def _rounded(value: Value, rounded: bool) -> Value:
+    return replace(value, rounded=True) if rounded and value.axis is not None else value
 
 
 def _of(known: Mapping[str, Value], name: str) -> Value:
