@@ -1,7 +1,7 @@
 """`python -m tests.torture [--graphs N] [--seed S]`: random graphs against ONNX Runtime; 1 where one differs.
 
-The graphs are tried in child processes, a few hundred in each: a runtime that dies of one ends its child, whose
-seeds are named, and the rest goes on.
+The graphs are tried in child processes, a few hundred in each: a runtime that dies of one ends its child,
+whose seeds are named, and the rest goes on.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def main() -> int:
     print(file=sys.stderr)
     took_s = time.monotonic() - began_s
     print(
-        f"{arguments.graphs} graphs in {took_s:.0f} s: {total['loads']} load, {total['batched']} are batched, "
-        f"{total['moved']} are moved; {total['wrong']} answered otherwise"
+        f"{arguments.graphs} graphs in {took_s:.0f} s: {total['loads']} load, {total['batched']} are "
+        f"batched, {total['moved']} are moved; {total['wrong']} answered otherwise"
     )
     return 1 if total["wrong"] or not total["batched"] else 0
 
