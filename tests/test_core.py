@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -297,7 +298,7 @@ def test_what_a_model_tells_of_itself() -> None:
     assert meta["versions"] == ["1"]
     assert meta["platform"] == "onnxruntime_onnx"
     assert meta["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1]}]
-    assert meta["properties"] == {"author": "nobody"}
+    assert msgspec.msgpack.decode(meta["properties"]) == {"author": "nobody"}
     (row,) = world.request("repository_index")["models"]
     assert (row["name"], row["version"], row["state"], row["reason"]) == ("m", "1", "READY", "")
     (stats,) = world.request("model_statistics")["model_stats"]

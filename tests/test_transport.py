@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
+import socket as unix
 import stat
 import time
 from collections.abc import Iterator
@@ -14,6 +16,7 @@ import pytest
 import zmq
 
 from edged import transport
+from edged.errors import ResourceExhausted
 from edged.transport import Incoming, Router, SocketDir, TransportError, bind_events
 
 WAIT_MS = 10_000
@@ -66,6 +69,54 @@ def receive(router: Router) -> Incoming:
             return message
         select.select([router.fd], [], [], 0.05)
     raise AssertionError("no message came")
+
+
+class Sleeper:
+    """A DEALER that reads only what a test asks for: ZMTP 3 (rfc.zeromq.org/spec/23) without a thread."""
+
+    def __init__(self, router: Router) -> None:
+        self.socket = unix.socket(unix.AF_UNIX, unix.SOCK_STREAM)
+        self.socket.settimeout(WAIT_MS / 1000)
+        self.socket.connect(router_endpoint(router).removeprefix("ipc://"))
+        self.socket.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
+        self._read(64)
+        ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
+        self.socket.sendall(bytes([4, len(ready)]) + ready)
+        self._frame()
+        self.socket.sendall(b"\0\6header")
+        self.route = receive(router).route
+
+    def _read(self, count: int) -> bytes:
+        found = bytearray()
+        while len(found) < count:
+            piece = self.socket.recv(count - len(found))
+            assert piece, "the router hung up"
+            found += piece
+        return bytes(found)
+
+    def _frame(self) -> tuple[int, bytes]:
+        flags = self._read(1)[0]
+        return flags, self._read(int.from_bytes(self._read(8 if flags & 2 else 1), "big"))
+
+    def sizes(self, router: Router, count: int) -> list[int]:
+        """The sizes of the next `count` replies, while what is kept is tried again."""
+        found = []
+        for _ in range(count):
+            while not select.select([self.socket], [], [], 0.01)[0]:
+                router.flush()
+            flags, body = self._frame()
+            assert not flags & 1
+            found.append(len(body))
+        return found
+
+
+def taken(router: Router, route: Any, nbytes: int) -> bool:
+    """Whether a reply of so many bytes was sent, or kept to be."""
+    try:
+        router.send(route, [b"x" * nbytes])
+    except ResourceExhausted:
+        return False
+    return True
 
 
 def plain(message: Incoming) -> list[bytes]:
@@ -190,14 +241,14 @@ def test_replies_to_a_slow_reader_are_kept_in_order(context: zmq.Context[Any], r
 def test_the_backlog_of_a_slow_reader_is_bounded(
     context: zmq.Context[Any], router: Router, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Beyond the bound replies are dropped and counted; the account of bytes is exact."""
+    """Beyond the bound replies are refused in words; the account of bytes is exact."""
     monkeypatch.setattr(transport, "BACKLOG_BYTES_MAX", 100_000)
     slow = connect(context, router, zmq.DEALER, rcvhwm=1, rcvbuf=4096)
     slow.send(b"header")
     route = receive(router).route
-    for _ in range(600):
-        router.send(route, [b"x" * 20_000])
-    assert router.dropped_replies > 0
+    refused = [not taken(router, route, 20_000) for _ in range(600)]
+    assert refused[-1]
+    assert not refused[0]
     (backlog,) = router._backlogs.values()
     assert backlog.nbytes == sum(len(part) for parts in backlog.replies for part in parts)
     assert backlog.nbytes <= 100_000
@@ -215,12 +266,10 @@ def test_large_replies_to_a_slow_reader_are_bounded_in_bytes(
     slow = connect(context, router, zmq.DEALER, rcvhwm=1, rcvbuf=4096)
     slow.send(b"header")
     route = receive(router).route
-    for _ in range(40):
-        router.send(route, [b"x" * (1 << 20)])
-    assert router.dropped_replies >= 40 - 2 * 4 - 3
+    kept = sum(taken(router, route, 1 << 20) for _ in range(40))
+    assert kept <= 2 * 4 + 3
     assert router._unread_bytes(route[0]) <= 4 << 20
     assert router._backlog_bytes <= 4 << 20
-    kept = 40 - router.dropped_replies
     until_s = time.monotonic() + WAIT_MS / 1000
     while kept and time.monotonic() < until_s:
         router.flush()
@@ -228,6 +277,88 @@ def test_large_replies_to_a_slow_reader_are_bounded_in_bytes(
             assert len(slow.recv()) == 1 << 20
             kept -= 1
     assert (kept, router.has_backlog, router._backlog_bytes) == (0, False, 0)
+
+
+BOUND = 1 << 20
+"""In place of 64 MiB in what follows."""
+
+
+@pytest.fixture
+def small_bounds(monkeypatch: pytest.MonkeyPatch, context: zmq.Context[Any], tmp_path: Path) -> Router:
+    """A ROUTER that keeps 1 MiB for a client and 10 MiB for all."""
+    monkeypatch.setattr(transport, "BACKLOG_BYTES_MAX", BOUND)
+    monkeypatch.setattr(transport, "BACKLOG_TOTAL_BYTES_MAX", 10 * BOUND)
+    return Router(context, "infer", f"ipc://{tmp_path}/b.sock", frame_bytes_max=4 * BOUND, frames_max=4)
+
+
+@pytest.mark.parametrize("nbytes", [BOUND - 1, BOUND, BOUND + 1, 4 * BOUND])
+def test_a_client_that_reads_gets_replies_of_any_size(
+    context: zmq.Context[Any], small_bounds: Router, nbytes: int
+) -> None:
+    """Around the bound of what is kept, and beyond it: the bound is for those that do not read."""
+    with contextlib.closing(small_bounds) as router:
+        client = connect(context, router, zmq.DEALER)
+        for turn in range(3):
+            client.send(b"header")
+            route = receive(router).route
+            router.send(route, [b"h", bytes([turn]) * nbytes])
+            assert client.recv_multipart() == [b"h", bytes([turn]) * nbytes]
+        until_s = time.monotonic() + WAIT_MS / 1000
+        while router._held_bytes() and time.monotonic() < until_s:  # libzmq's thread lets go of them
+            select.select([], [], [], 0.005)
+        assert (router._held_bytes(), router.has_backlog) == (0, False)
+
+
+def test_one_reply_beyond_the_bound_goes_and_one_waits(
+    context: zmq.Context[Any], small_bounds: Router
+) -> None:
+    """For each client. A third is refused, and small ones are still kept behind what waits, in order."""
+    with contextlib.closing(small_bounds) as router:
+        sleeper = Sleeper(router)
+        with contextlib.closing(sleeper.socket):
+            assert [taken(router, sleeper.route, 2 * BOUND + at) for at in range(3)] == [True, True, False]
+            with pytest.raises(ResourceExhausted, match="read before asking for more") as refused:
+                router.send(sleeper.route, [bytes(BOUND + 1)])
+            assert refused.value.reason == "REPLIES_UNREAD"
+            assert [taken(router, sleeper.route, 100 + at) for at in range(2)] == [True, True]
+            assert sleeper.sizes(router, 4) == [2 * BOUND, 2 * BOUND + 1, 100, 101]
+            assert (router._backlog_bytes, router._oversize_bytes, router.has_backlog) == (0, 0, False)
+            assert taken(router, sleeper.route, 4 * BOUND)
+            assert sleeper.sizes(router, 1) == [4 * BOUND]
+        assert router.dropped_replies == 0
+
+
+def test_those_that_do_not_read_are_bounded_together_and_stop_nobody(
+    context: zmq.Context[Any], small_bounds: Router
+) -> None:
+    """Beyond the bound of all, what is too large for one is refused; the rest is served as ever."""
+    with contextlib.closing(small_bounds) as router, contextlib.ExitStack() as stack:
+        sleepers = [Sleeper(router) for _ in range(5)]
+        for sleeper in sleepers:
+            stack.enter_context(contextlib.closing(sleeper.socket))
+        assert [taken(router, each.route, 3 * BOUND) for each in sleepers] == [True] * 3 + [False] * 2
+        assert router._held_bytes() == 9 * BOUND
+        reader = connect(context, router, zmq.DEALER)
+        reader.send(b"header")
+        route = receive(router).route
+        assert not taken(router, route, 3 * BOUND)
+        for nbytes in (100, BOUND):
+            assert taken(router, route, nbytes)
+            assert len(reader.recv()) == nbytes
+
+
+def test_a_client_that_goes_frees_what_was_kept_for_it(small_bounds: Router) -> None:
+    """What it left unread counts no longer, and another can have as much."""
+    with contextlib.closing(small_bounds) as router:
+        for _ in range(4):
+            sleeper = Sleeper(router)
+            assert [taken(router, sleeper.route, 4 * BOUND) for _ in range(3)] == [True, True, False]
+            sleeper.socket.close()
+            until_s = time.monotonic() + WAIT_MS / 1000
+            while (router.has_backlog or router._held_bytes()) and time.monotonic() < until_s:
+                router.flush()
+                select.select([], [], [], 0.005)
+            assert (router._held_bytes(), router.has_backlog) == (0, False)
 
 
 def test_clients_that_come_once_are_not_kept(context: zmq.Context[Any], router: Router) -> None:

@@ -17,6 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edged import arrays
 from edged.process import Spawner, WorkerGone
+from edged.properties import METADATA_BYTES_MAX
 from edged.runner import LARGE_FORGOTTEN_RUNS
 from edged.testing import write_fake_model
 from tests.test_runtimes import long_model, save, value, zipmap_model
@@ -204,14 +205,57 @@ def test_load_while_another_model_runs(fake: Handle, tmp_path: Path) -> None:
     fake.control("load_failed")
 
 
-def test_a_model_that_says_too_much_of_itself_is_refused_at_once(worker: Handle, tmp_path: Path) -> None:
-    """What does not fit into a packet is a refusal in words, not a load that runs out of time."""
-    chatty = onnx.load(identity(tmp_path))
-    helper.set_model_props(chatty, {f"key{n}": "x" * 4096 for n in range(100)})
-    onnx.save(chatty, tmp_path / "chatty.onnx")
-    failed = worker.load(tmp_path / "chatty.onnx")
-    assert (failed[0], failed[3]) == ("load_failed", "MODEL_UNSUPPORTED")
-    assert worker.load(identity(tmp_path), instance=2)[0] == "loaded"
+def saying(path: Path, metadata: dict[str, str]) -> Path:
+    """A model with metadata of its own, and without any other."""
+    model = onnx.load(identity(path))
+    model.graph.name = ""
+    helper.set_model_props(model, metadata)
+    onnx.save(model, path / "saying.onnx")
+    return path / "saying.onnx"
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("count", [10, 13_245, 300_000])
+def test_metadata_comes_whole(spawner: Spawner, tmp_path: Path, runtime: str, count: int) -> None:
+    """An alphabet in one value, to its last character, by whatever runtime."""
+    alphabet = "\n".join(chr(0x4E00 + n % 20_000) for n in range(count))
+    metadata = {"character": alphabet, "": "no key", "empty": ""}
+    with Handle(spawner, runtime) as worker:
+        answer = worker.load(saying(tmp_path, metadata))
+        if len(alphabet.encode()) > METADATA_BYTES_MAX:
+            excess = answer[2]["metadata_excess"]
+            assert excess == [len("characterno keyempty") + len(alphabet.encode()), ["character"]]
+        else:
+            assert msgpack.unpackb(answer[2]["metadata"]) == metadata
+        np.testing.assert_array_equal(worker.infer({"x": X.ravel()})["y"], X.ravel())
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_bound_of_metadata_is_exact(worker: Handle, tmp_path: Path, beyond: int) -> None:
+    """Its bytes as UTF-8, keys and values; one more and nothing is told but that, and the model serves."""
+    size = METADATA_BYTES_MAX - 6 - 6 + beyond
+    metadata = {"first": "x" * (size // 2), "second": "y" * (size - size // 2), "k": ""}
+    answer = worker.load(saying(tmp_path, metadata))
+    assert answer[0] == "loaded"
+    if beyond > 0:
+        assert answer[2]["metadata_excess"] == [METADATA_BYTES_MAX + 1, ["second"]]
+    else:
+        assert msgpack.unpackb(answer[2]["metadata"]) == metadata
+
+
+def test_more_names_than_are_told_are_refused_in_words(worker: Handle, tmp_path: Path) -> None:
+    """Names and shapes have a bound of their own: some hundred KB serve, a megabyte and more do not."""
+    for count, told in ((1000, "loaded"), (6000, "load_failed")):
+        names = [f"{n}-{'n' * 150}" for n in range(count)]
+        nodes = [helper.make_node("Identity", ["x"], [name]) for name in names]
+        path = save(tmp_path / "m.onnx", nodes, [value("x", [-1])], [value(name, [-1]) for name in names])
+        answer = worker.load(path, instance=count, warmup=0, max_batch_size=1)
+        assert answer[0] == told
+        if told == "loaded":
+            assert [spec["name"] for spec in answer[2]["outputs"]] == names
+        else:
+            assert answer[3] == "MODEL_UNSUPPORTED"
+            assert "the limit is 1048576" in answer[4]
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

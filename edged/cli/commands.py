@@ -344,7 +344,7 @@ def model_specs(metadata: Mapping[str, Any]) -> list[TensorSpec]:
 
 def infer(session: Session, args: argparse.Namespace) -> int:
     """One request, its inputs from the command line and files, its answer as text, JSON or .npz."""
-    metadata = session.client.model_metadata(args.model, args.version)
+    metadata = session.client.model_metadata(args.model, args.version, properties=False)
     try:
         inputs = read_inputs(
             args.input, model_specs(metadata), image_scale=args.image_scale, note=session.note

@@ -1,9 +1,10 @@
-"""What ONNX Runtime does not tell of an ONNX file.
+"""What a runtime does not tell of an ONNX file.
 
 Which inputs may be read while somebody else writes to them: those whose numbers cannot lead an operator
 anywhere (`steady_inputs`). And which inputs and outputs have no declared rank (`unranked`): its Python
 interface shows a tensor of any rank and a scalar alike, with the shape []. The file tells them apart: one has
-no shape at all, the other a shape of no dimensions (onnx.proto, `TypeProto.Tensor.shape`).
+no shape at all, the other a shape of no dimensions (onnx.proto, `TypeProto.Tensor.shape`). And what the file
+says of itself (`metadata`), for a runtime that does not tell it.
 
 So this walks the file's outer fields, skipping what it does not want by its length. It never builds the
 model, and takes a file that it cannot walk for one that says nothing: the runtime has loaded it.
@@ -17,10 +18,13 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["steady_inputs", "unranked"]
+__all__ = ["metadata", "steady_inputs", "unranked"]
 
 # Field numbers of onnx.proto.
-_MODEL_GRAPH = 7
+_MODEL_GRAPH, _MODEL_VERSION, _MODEL_PROPERTY = 7, 5, 14
+_MODEL_TEXTS = {2: "producer_name", 4: "domain", 6: "description"}
+_GRAPH_TEXTS = {2: "graph_name", 10: "graph_description"}
+_ENTRY_KEY, _ENTRY_VALUE = 1, 2
 _GRAPH_NODE, _GRAPH_INPUT, _GRAPH_OUTPUT = 1, 11, 12
 _NODE_INPUT, _NODE_OUTPUT, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 4, 5, 7
 _ATTRIBUTE_GRAPHS = (6, 11)
@@ -51,6 +55,38 @@ def unranked(path: str) -> frozenset[str]:
             return frozenset(_unranked(data))
         except (IndexError, ValueError):
             return frozenset()
+
+
+def metadata(path: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The file's fields and its own metadata, as ONNX Runtime tells them."""
+    with Path(path).open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return _metadata(data)
+        except (IndexError, ValueError):
+            return {}, {}
+
+
+def _metadata(data: mmap.mmap) -> tuple[dict[str, str], dict[str, str]]:
+    fields: dict[str, str] = {}
+    own: dict[str, str] = {}
+    for number, at, end in _fields(data, 0, len(data)):
+        if number in _MODEL_TEXTS:
+            fields[_MODEL_TEXTS[number]] = _text(data, at, end)
+        elif number == _MODEL_VERSION:
+            version, _ = _varint(data, at)
+            if version < 1 << 63:  # else it is negative
+                fields["version"] = str(version)
+        elif number == _MODEL_GRAPH:
+            texts = [found for found in _fields(data, at, end) if found[0] in _GRAPH_TEXTS]
+            fields.update({_GRAPH_TEXTS[kind]: _text(data, a, b) for kind, a, b in texts})
+        elif number == _MODEL_PROPERTY:
+            entry = {kind: _text(data, a, b) for kind, a, b in _fields(data, at, end)}
+            own[entry.get(_ENTRY_KEY, "")] = entry.get(_ENTRY_VALUE, "")
+    return fields, own
+
+
+def _text(data: mmap.mmap, at: int, end: int) -> str:
+    return data[at:end].decode("utf-8", "backslashreplace")  # so that no byte is lost
 
 
 def steady_inputs(path: str) -> frozenset[str]:
