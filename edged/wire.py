@@ -87,6 +87,10 @@ _TEXT_MAX = 128
 """How much of a client's own text an error repeats."""
 
 
+_WARNINGS_MAX = 16
+"""In a reply: they are for people, and a client may make thousands."""
+
+
 @dataclass(frozen=True)
 class WireLimits:
     """The wire's bounds; each is a setting, and `server_metadata` tells them to clients."""
@@ -94,7 +98,7 @@ class WireLimits:
     header_bytes: int = 65_536
     """A header is small; msgpack can blow up seventyfold when decoded, so it is bounded before that."""
     message_bytes: int = 256 * 1024 * 1024
-    """The largest message, all frames together: what one request may pin in memory."""
+    """The largest message, all frames together: what one request, or its reply, may pin in memory."""
     frames: int = 64
     """Tensor frames in a message."""
     tensors: int = 256
@@ -450,7 +454,9 @@ def unknown_parameters(request: Request) -> list[str]:
                 for k in ref.parameters
                 if k not in _REGION_KEYS
             )
-    return found[:16]
+    if len(found) > _WARNINGS_MAX:
+        found[_WARNINGS_MAX - 1 :] = [f"{len(found) - _WARNINGS_MAX + 1} more were ignored"]
+    return found
 
 
 def encode(reply: dict[str, Any]) -> bytes:

@@ -1,4 +1,4 @@
-"""Which inputs and outputs of an ONNX file have no declared rank."""
+"""What an ONNX file itself tells: ranks, inputs that may change, metadata."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edged.runtimes.onnxfile import steady_inputs, unranked
+from edged.runtimes.onnxfile import metadata, steady_inputs, unranked
 from tests import zoo
 
 
@@ -29,6 +29,21 @@ def test_a_file_that_cannot_be_walked_says_nothing(tmp_path: Path) -> None:
         assert unranked(str(zoo.write(tmp_path / "cut.onnx", whole[:length]))) <= {"x", "y"}
     for at in range(len(whole)):
         unranked(str(zoo.write(tmp_path / "bent.onnx", whole[:at] + b"\xff" + whole[at + 1 :])))
+
+
+def test_metadata_of_a_file_that_cannot_be_walked(tmp_path: Path) -> None:
+    """Every truncation and every flipped byte gives texts, never an exception."""
+    whole = zoo.saying({"labels": "cat"}, version=-1).SerializeToString()
+    path = tmp_path / "m.onnx"
+    fields, own = metadata(str(zoo.write(path, whole)))
+    assert own == {"labels": "cat"}
+    assert "version" not in fields  # ONNX Runtime does not tell of a negative one either
+    for length in range(1, len(whole)):
+        metadata(str(zoo.write(path, whole[:length])))
+    for at in range(len(whole)):
+        metadata(str(zoo.write(path, whole[:at] + b"\xff" + whole[at + 1 :])))
+    latin = whole.replace(b"cat", b"c\xe4t")
+    assert metadata(str(zoo.write(path, latin)))[1] == {"labels": r"c\xe4t"}
 
 
 @pytest.mark.parametrize("name", ["free", "scalar"])

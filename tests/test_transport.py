@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import socket as unix
 import stat
 import time
 from collections.abc import Iterator
@@ -17,7 +16,9 @@ import zmq
 
 from edged import transport
 from edged.errors import ResourceExhausted
+from edged.messages import Envelope
 from edged.transport import Incoming, Router, SocketDir, TransportError, bind_events
+from tests.zmtp import Sleeper
 
 WAIT_MS = 10_000
 _clients: list[zmq.Socket[Any]] = []
@@ -71,43 +72,18 @@ def receive(router: Router) -> Incoming:
     raise AssertionError("no message came")
 
 
-class Sleeper:
-    """A DEALER that reads only what a test asks for: ZMTP 3 (rfc.zeromq.org/spec/23) without a thread."""
+@contextlib.contextmanager
+def sleeping(router: Router) -> Iterator[tuple[Sleeper, Envelope]]:
+    """A client that does not read, and where its replies go."""
+    sleeper = Sleeper(router_endpoint(router).removeprefix("ipc://"))
+    with contextlib.closing(sleeper):
+        sleeper.send([b"header"])
+        yield sleeper, receive(router).route
 
-    def __init__(self, router: Router) -> None:
-        self.socket = unix.socket(unix.AF_UNIX, unix.SOCK_STREAM)
-        self.socket.settimeout(WAIT_MS / 1000)
-        self.socket.connect(router_endpoint(router).removeprefix("ipc://"))
-        self.socket.sendall(b"\xff" + bytes(8) + b"\x7f\x03\x00" + b"NULL".ljust(20, b"\0") + bytes(32))
-        self._read(64)
-        ready = b"\x05READY\x0bSocket-Type\x00\x00\x00\x06DEALER"
-        self.socket.sendall(bytes([4, len(ready)]) + ready)
-        self._frame()
-        self.socket.sendall(b"\0\6header")
-        self.route = receive(router).route
 
-    def _read(self, count: int) -> bytes:
-        found = bytearray()
-        while len(found) < count:
-            piece = self.socket.recv(count - len(found))
-            assert piece, "the router hung up"
-            found += piece
-        return bytes(found)
-
-    def _frame(self) -> tuple[int, bytes]:
-        flags = self._read(1)[0]
-        return flags, self._read(int.from_bytes(self._read(8 if flags & 2 else 1), "big"))
-
-    def sizes(self, router: Router, count: int) -> list[int]:
-        """The sizes of the next `count` replies, while what is kept is tried again."""
-        found = []
-        for _ in range(count):
-            while not select.select([self.socket], [], [], 0.01)[0]:
-                router.flush()
-            flags, body = self._frame()
-            assert not flags & 1
-            found.append(len(body))
-        return found
+def sizes(router: Router, sleeper: Sleeper, count: int) -> list[int]:
+    """The sizes of a client's next `count` replies, while what is kept is tried again."""
+    return [len(frame) for _ in range(count) for frame in sleeper.receive(router.flush)]
 
 
 def taken(router: Router, route: Any, nbytes: int) -> bool:
@@ -314,17 +290,16 @@ def test_one_reply_beyond_the_bound_goes_and_one_waits(
 ) -> None:
     """For each client. A third is refused, and small ones are still kept behind what waits, in order."""
     with contextlib.closing(small_bounds) as router:
-        sleeper = Sleeper(router)
-        with contextlib.closing(sleeper.socket):
-            assert [taken(router, sleeper.route, 2 * BOUND + at) for at in range(3)] == [True, True, False]
+        with sleeping(router) as (sleeper, route):
+            assert [taken(router, route, 2 * BOUND + at) for at in range(3)] == [True, True, False]
             with pytest.raises(ResourceExhausted, match="read before asking for more") as refused:
-                router.send(sleeper.route, [bytes(BOUND + 1)])
+                router.send(route, [bytes(BOUND + 1)])
             assert refused.value.reason == "REPLIES_UNREAD"
-            assert [taken(router, sleeper.route, 100 + at) for at in range(2)] == [True, True]
-            assert sleeper.sizes(router, 4) == [2 * BOUND, 2 * BOUND + 1, 100, 101]
+            assert [taken(router, route, 100 + at) for at in range(2)] == [True, True]
+            assert sizes(router, sleeper, 4) == [2 * BOUND, 2 * BOUND + 1, 100, 101]
             assert (router._backlog_bytes, router._oversize_bytes, router.has_backlog) == (0, 0, False)
-            assert taken(router, sleeper.route, 4 * BOUND)
-            assert sleeper.sizes(router, 1) == [4 * BOUND]
+            assert taken(router, route, 4 * BOUND)
+            assert sizes(router, sleeper, 1) == [4 * BOUND]
         assert router.dropped_replies == 0
 
 
@@ -333,10 +308,8 @@ def test_those_that_do_not_read_are_bounded_together_and_stop_nobody(
 ) -> None:
     """Beyond the bound of all, what is too large for one is refused; the rest is served as ever."""
     with contextlib.closing(small_bounds) as router, contextlib.ExitStack() as stack:
-        sleepers = [Sleeper(router) for _ in range(5)]
-        for sleeper in sleepers:
-            stack.enter_context(contextlib.closing(sleeper.socket))
-        assert [taken(router, each.route, 3 * BOUND) for each in sleepers] == [True] * 3 + [False] * 2
+        routes = [stack.enter_context(sleeping(router))[1] for _ in range(5)]
+        assert [taken(router, route, 3 * BOUND) for route in routes] == [True] * 3 + [False] * 2
         assert router._held_bytes() == 9 * BOUND
         reader = connect(context, router, zmq.DEALER)
         reader.send(b"header")
@@ -351,13 +324,13 @@ def test_a_client_that_goes_frees_what_was_kept_for_it(small_bounds: Router) -> 
     """What it left unread counts no longer, and another can have as much."""
     with contextlib.closing(small_bounds) as router:
         for _ in range(4):
-            sleeper = Sleeper(router)
-            assert [taken(router, sleeper.route, 4 * BOUND) for _ in range(3)] == [True, True, False]
-            sleeper.socket.close()
+            with sleeping(router) as (_, route):
+                assert [taken(router, route, 4 * BOUND) for _ in range(3)] == [True, True, False]
             until_s = time.monotonic() + WAIT_MS / 1000
             while (router.has_backlog or router._held_bytes()) and time.monotonic() < until_s:
                 router.flush()
-                select.select([], [], [], 0.005)
+                router.readable()  # as the daemon's loop asks, in which libzmq hears that the client is gone
+                select.select([router.fd], [], [], 0.005)
             assert (router._held_bytes(), router.has_backlog) == (0, False)
 
 

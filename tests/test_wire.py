@@ -554,6 +554,18 @@ def test_any_packet_is_a_request_or_a_wire_error(data: st.DataObject) -> None:
         assert METHODS[request.method] != "admin"
 
 
+def test_what_was_ignored_is_told_or_counted() -> None:
+    """A reply's warnings are few, and say how many more there would be."""
+    for count, told in ((16, 16), (17, 16), (1000, 16)):
+        request = decode({**INFER, "parameters": {f"odd{n}": 1 for n in range(count)}})
+        warnings = unknown_parameters(request)
+        assert len(warnings) == told
+        assert warnings[0] == "parameter 'odd0' was ignored"
+        assert warnings[-1] == (
+            "parameter 'odd15' was ignored" if count == 16 else f"{count - 15} more were ignored"
+        )
+
+
 def test_a_reply_that_is_one_packet() -> None:
     """All that fits is inline, larger than over ZeroMQ; what does not is an error that says what to do."""
 

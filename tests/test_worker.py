@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,9 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edged import arrays
+from edged.arena import Arena
 from edged.process import Spawner, WorkerGone
 from edged.properties import METADATA_BYTES_MAX
-from edged.runner import LARGE_FORGOTTEN_RUNS
+from edged.runner import LARGE_FORGOTTEN_RUNS, LARGE_REPLY_BYTES_MAX, Runner
 from edged.testing import write_fake_model
 from tests.test_runtimes import long_model, save, value, zipmap_model
 from tests.worker_helpers import WAIT_S, Handle
@@ -108,6 +110,42 @@ def test_reply_too_large_for_a_packet(worker: Handle, tmp_path: Path) -> None:
     outputs = worker.infer({"x": np.zeros((5000, 3), np.float32)})
     assert len(outputs["probabilities"][1]) == 5000
     assert outputs["label"].shape == (5000,)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_bound_of_sequences_and_maps_is_exact(beyond: int) -> None:
+    """Up to it they go by way of the slot, beyond it the error says how to ask; the supervisor reads them."""
+    size = LARGE_REPLY_BYTES_MAX + beyond
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, Arena(1, bytes_max=1 << 26) as arena:
+        runner = Runner(theirs)
+        runner.add_slot(0, os.dup(arena.fd(0)))
+        reply = ["done", 3, 0, [["s", "SEQUENCE", None, None, None, b""]], 5]
+        overhead = len(msgpack.packb(reply)) + 3  # the length of so many bytes takes five, of none two
+        reply[3] = [["s", "SEQUENCE", None, None, None, bytes(size - overhead)]]
+        raw = msgpack.packb(reply)
+        assert len(raw) == size
+        answer = runner._large_reply(reply, raw, [["x", "FP32", [1], 0, 4]])
+        if beyond > 0:
+            assert answer[:5] == ["failed", 3, 0, "RESOURCE_EXHAUSTED", "OUTPUT_TOO_LARGE"]
+            assert str(LARGE_REPLY_BYTES_MAX) in answer[5]
+        else:
+            assert answer == ["done_large", 3, 0, 64, size]
+            assert bytes(arena.read(0, 64, size)) == raw
+
+
+def test_an_error_with_the_longest_names_is_answered(worker: Handle, tmp_path: Path) -> None:
+    """What an error repeats of a model may be more than a packet holds: it is for people, and cut."""
+    name = "n" * 160_000
+    node = helper.make_node("Identity", [name], ["y"])
+    texts = TensorProto.STRING
+    path = save(tmp_path / "m.onnx", [node], [value(name, [1], texts)], [value("y", [1], texts)])
+    assert worker.load(path, warmup=0, max_batch_size=1)[0] == "loaded"
+    worker.send({name: np.array([b"\xff"], object)})
+    failed = worker.answer()
+    assert failed[3:5] == ["INVALID_ARGUMENT", "BAD_BYTES"]
+    assert failed[5] == f"input '{name}"[:2000] + "…"
+    assert worker.infer({name: np.array([b"good"], object)})["y"].tolist() == [b"good"]
 
 
 def test_only_the_outputs_that_were_asked_for(worker: Handle, tmp_path: Path) -> None:
