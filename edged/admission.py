@@ -6,6 +6,8 @@ queued. `parts` collects the pieces of leased memory that were named, for the ca
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from itertools import islice
 from typing import Any
 
 from edged.errors import InvalidArgument
@@ -19,6 +21,9 @@ from edged.wire import cut, input_data, leased_input, region_reference
 
 __all__ = ["checked_inputs", "checked_outputs", "rows_and_key"]
 
+NAMES_MAX = 20
+"""Of a model's inputs or outputs in an error; `model_metadata` has all."""
+
 
 def checked_inputs(
     instance: Instance, event: RequestArrived, regions: Regions, parts: list[RegionPart]
@@ -30,8 +35,7 @@ def checked_inputs(
         spec = specs.get(tensor.name)
         if spec is None:
             raise InvalidArgument(
-                f"model '{instance.name}' has no input '{cut(tensor.name)}'; it has "
-                + ", ".join(f"'{n}'" for n in specs),
+                f"model '{instance.name}' has no input '{cut(tensor.name)}'; it has {_some(specs)}",
                 reason="UNKNOWN_INPUT",
             )
         if tensor.datatype != spec.datatype:
@@ -82,8 +86,7 @@ def checked_outputs(
     for name in names:
         if name not in instance.outputs:
             raise InvalidArgument(
-                f"model '{instance.name}' has no output '{cut(name)}'; it has "
-                + ", ".join(f"'{n}'" for n in instance.outputs),
+                f"model '{instance.name}' has no output '{cut(name)}'; it has {_some(instance.outputs)}",
                 reason="UNKNOWN_OUTPUT",
             )
     if len(set(names)) != len(names):
@@ -107,6 +110,12 @@ def checked_outputs(
         into = into or {}
         into[ref.name] = part
     return names, into
+
+
+def _some(names: Collection[str]) -> str:
+    """Names for people; all of them may be more than an answer has room for."""
+    shown = ", ".join(f"'{cut(name)}'" for name in islice(names, NAMES_MAX))
+    return shown if len(names) <= NAMES_MAX else f"{shown} and {len(names) - NAMES_MAX} more"
 
 
 def rows_and_key(inputs: list[TensorData], outputs: list[str] | None) -> tuple[int, ShapeKey | None]:

@@ -26,6 +26,7 @@ from edged.clientwire import (
     Request,
     answer,
     knows_region,
+    metadata_fields,
     needs_metadata,
     question,
     read_infer,
@@ -73,7 +74,8 @@ class AsyncClient:
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
         if needs_metadata(inputs):
-            inputs = typed_inputs(inputs, await self.model_metadata(model, version, timeout=timeout_s))
+            told = await self.model_metadata(model, version, properties=False, timeout=timeout_s)
+            inputs = typed_inputs(inputs, told)
         plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
 
         async def prepare(link: Link) -> Request:
@@ -138,10 +140,16 @@ class AsyncClient:
         return bool((await self._ask("model_ready", name, version, timeout=timeout))["ready"])
 
     async def model_metadata(
-        self, name: str, version: str | int | None = None, *, timeout: float | None = None
+        self,
+        name: str,
+        version: str | int | None = None,
+        *,
+        properties: bool = True,
+        timeout: float | None = None,
     ) -> dict[str, Any]:
         """As Client.model_metadata."""
-        return await self._ask("model_metadata", name, version, timeout=timeout)
+        fields = metadata_fields(properties=properties)
+        return await self._ask("model_metadata", name, version, timeout=timeout, fields=fields)
 
     async def statistics(
         self, name: str | None = None, version: str | int | None = None, *, timeout: float | None = None

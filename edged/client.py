@@ -29,6 +29,7 @@ from edged.clientwire import (
     Request,
     answer,
     knows_region,
+    metadata_fields,
     needs_metadata,
     question,
     read_infer,
@@ -150,7 +151,7 @@ class Client:
                 header, frames = self._infer(model, request, until, by_lane=self._fast)
                 return read_infer(header, frames)
         if needs_metadata(inputs):
-            inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
+            inputs = typed_inputs(inputs, self._tensors(model, version, timeout_s))
         plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
         prepare = self._preparing(plan, until)
         by_lane = self._fast and not plan.needs_frames
@@ -222,7 +223,7 @@ class Client:
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
         if needs_metadata(inputs):
-            inputs = typed_inputs(inputs, self.model_metadata(model, version, timeout=timeout_s))
+            inputs = typed_inputs(inputs, self._tensors(model, version, timeout_s))
         plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
         pending = Pending()
         link = self._post(INFER_SOCKET, self._preparing(plan, until, copies=True), pending, until)
@@ -267,10 +268,23 @@ class Client:
         return bool(self._ask("model_ready", name, version, timeout=timeout)["ready"])
 
     def model_metadata(
-        self, name: str, version: str | int | None = None, *, timeout: float | None = None
+        self,
+        name: str,
+        version: str | int | None = None,
+        *,
+        properties: bool = True,
+        timeout: float | None = None,
     ) -> dict[str, Any]:
-        """`{name, versions, platform, inputs, outputs, properties, state}` of a model."""
-        return self._ask("model_metadata", name, version, timeout=timeout)
+        """`{name, versions, platform, inputs, outputs, properties, state}` of a model.
+
+        `properties` is what the model says of itself, whole, up to a mebibyte. Raises ResourceExhausted
+        (METADATA_TOO_LARGE) for a model that says more; with `properties=False` it is left out.
+        """
+        fields = metadata_fields(properties=properties)
+        return self._ask("model_metadata", name, version, timeout=timeout, fields=fields)
+
+    def _tensors(self, name: str, version: str | int | None, timeout_s: float) -> dict[str, Any]:
+        return self.model_metadata(name, version, properties=False, timeout=timeout_s)
 
     def statistics(
         self, name: str | None = None, version: str | int | None = None, *, timeout: float | None = None

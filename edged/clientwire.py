@@ -45,6 +45,7 @@ __all__ = [
     "answer",
     "infer_request",
     "knows_region",
+    "metadata_fields",
     "needs_metadata",
     "question",
     "read_infer",
@@ -532,6 +533,11 @@ def question(method: str, name: str | None, version: str | int | None, fields: M
     if version is not None:
         header["model_version"] = str(version)
     return Request(header)
+
+
+def metadata_fields(*, properties: bool) -> dict[str, Any]:
+    """What a `model_metadata` request has beside the model's name."""
+    return {} if properties else {"parameters": {"properties": False}}
 
 
 def answer(header: Mapping[str, Any]) -> dict[str, Any]:

@@ -505,7 +505,7 @@ _SECTIONS: Mapping[str, tuple[str, type, tuple[_Key, ...]]] = {
                 "message_bytes",
                 "message_bytes",
                 units.size(64 * 1024, 16 * _GIB),
-                "Bytes of a whole message.",
+                "Bytes of a whole message, of a request and of a reply.",
             ),
             _Key("frames", "frames", units.whole(1, 1024), "Tensor frames of a message."),
             _Key("tensors", "tensors", units.whole(1, 4096), "Tensors of a request."),

@@ -46,6 +46,7 @@ from edged.events import (
     InstanceProving,
     Kept,
     KeptSent,
+    LandReply,
     LaneClosed,
     LaneOpened,
     LanePacket,
@@ -69,6 +70,7 @@ from edged.events import (
     StageFailed,
     Tick,
     UnloadInstance,
+    Unsent,
     WorkerGone,
     WorkerHello,
 )
@@ -81,7 +83,15 @@ from edged.regions import Regions
 from edged.registry import Registry
 from edged.runs import Runs
 from edged.scheduler import Job, Scheduler
-from edged.wire import WireLimits, timing_parameters, unknown_parameters
+from edged.wire import (
+    WireLimits,
+    encode,
+    landed_reply,
+    region_reference,
+    timing_parameters,
+    unknown_parameters,
+    wants_properties,
+)
 from edged.workers import Workers
 
 __all__ = ["Core", "Identity"]
@@ -176,6 +186,7 @@ class Core:
             RunFailed: self.runs.on_failed,
             Kept: self._on_kept,
             KeptSent: self._on_kept_sent,
+            Unsent: self.runs.on_unsent,
             BadMessage: self._on_bad_message,
             LaneOpened: lambda e, _: self._on_lane(e),
             LanePacket: lambda e, _: self._on_lane(e),
@@ -252,13 +263,23 @@ class Core:
             if request.method == "model_infer":
                 self._infer(event, now_s)
             else:
-                header = self._call(event, now_s)
-                header["id"] = request.id
-                self._out.append(Reply(event.route, event.socket, header))
+                self._out.append(self._answer(event, now_s))
         except EdgedError as error:
             self.runs.refuse(event.route, event.socket, request.id, error)
             if isinstance(error, InvalidArgument):
                 self._note_bad(event.peer, error)
+
+    def _answer(self, event: RequestArrived, now_s: float) -> Effect:
+        """The answer to a question; in leased memory if that is named, since a lane's packet is small."""
+        request = event.request
+        place = region_reference(request.parameters, request.method)
+        part = None if place is None else self.regions.resolve(event.peer.uid, place)
+        header = self._call(event, now_s)
+        header["id"] = request.id
+        if part is None:
+            return Reply(event.route, event.socket, header)
+        raw = encode(header)
+        return LandReply(event.route, event.socket, part, raw, landed_reply(request.id, part, len(raw)))
 
     def _on_bad_message(self, event: BadMessage, now_s: float) -> None:
         self.counters["bad_messages"] += 1
@@ -579,7 +600,7 @@ class Core:
                 return {"name": request.model_name, "ready": self._model_ready(event)}
             case "model_metadata":
                 instance = self.registry.lookup(request.model_name, request.model_version)
-                return status.model_metadata(self.registry, instance)
+                return status.model_metadata(self.registry, instance, properties=wants_properties(request))
             case "model_statistics":
                 return {
                     "model_stats": status.model_statistics(self, request.model_name, request.model_version)

@@ -36,7 +36,7 @@ from edged.config import Config, ConfigError
 from edged.core import Core, Identity
 from edged.devices import Candidate, Verdict, matches
 from edged.disk import Disk, entry_of
-from edged.errors import Internal, InvalidArgument, ResourceExhausted
+from edged.errors import EdgedError, Internal, InvalidArgument, ResourceExhausted
 from edged.events import (
     BadMessage,
     CancelLoad,
@@ -56,6 +56,7 @@ from edged.events import (
     Kept,
     KeptSent,
     KillWorker,
+    LandReply,
     LaneClosed,
     LaneOpened,
     LanePacket,
@@ -87,6 +88,7 @@ from edged.events import (
     StopMeasure,
     Tick,
     UnloadInstance,
+    Unsent,
 )
 from edged.events import WorkerGone as WorkerGoneEvent
 from edged.exporter import Exporter
@@ -95,7 +97,7 @@ from edged.helper import Mailbox
 from edged.instances import Machine
 from edged.journal import Journal, RateLimiter
 from edged.lanes import CONNECTIONS_MAX, Lanes, Opened, Packet
-from edged.messages import Envelope, RequestId, Route
+from edged.messages import Envelope, Route
 from edged.metrics import Metrics
 from edged.pressure import PressureWatch
 from edged.reloading import Reload, compare
@@ -595,7 +597,7 @@ class Daemon:
             error = Internal(
                 f"model '{effect.name}': its worker's answer was out of bounds", reason="WORKER_FAULT"
             )
-            self._reply("infer", effect.job.route, {"id": effect.job.request_id, "error": error.to_wire()})
+            self._step(_unsent(effect, error))
             return
         job = effect.job
         frames = wire.encode_infer_reply(
@@ -607,7 +609,11 @@ class Daemon:
             landed,
             in_one=type(job.route[0]) is int,
         )
-        self._send("infer", job.route, frames, job.request_id)
+        try:
+            self._send("infer", job.route, frames)
+        except ResourceExhausted as error:
+            self._step(_unsent(effect, error))
+            return
         if job.keep is not None:
             with contextlib.suppress(MemoryError):  # it is answered, and need not be kept
                 self._keep(job, job.keep, outputs, effect.parameters)
@@ -631,20 +637,33 @@ class Daemon:
             effect.parameters,
             in_one=type(effect.route[0]) is int,
         )
-        self._send("infer", effect.route, frames, effect.request_id)
+        try:
+            self._send("infer", effect.route, frames)
+        except ResourceExhausted as error:
+            route, asked = effect.route, effect.request_id
+            self._step(Unsent(route, asked, effect.instance, effect.arrived_s, error))
+            return
         took_ns = int((time.monotonic() - effect.arrived_s) * 1e9)
         self._step(KeptSent(effect.instance, effect.rows, max(0, took_ns)))
 
     def _reply(self, socket: str, route: Route, header: dict[str, Any]) -> None:
-        self._send(socket, route, [wire.encode(header)], header["id"])
+        try:
+            self._send(socket, route, [wire.encode(header)])
+        except ResourceExhausted as error:
+            try:
+                self._send(socket, route, [wire.encode({"id": header["id"], "error": error.to_wire()})])
+            except ResourceExhausted:  # by now a client that does not read: there is no room for a word
+                self._routers[socket].dropped_replies += 1
 
-    def _send(
-        self, socket: str, route: Route, frames: Sequence[bytes | memoryview], request_id: RequestId
-    ) -> None:
-        """Sends a reply the way that its request came: to a lane, or over one of the ROUTERs."""
+    def _send(self, socket: str, route: Route, frames: Sequence[bytes | memoryview]) -> None:
+        """Sends a reply the way that its request came: to a lane, or over one of the ROUTERs.
+
+        Raises ResourceExhausted for one that does not fit there.
+        """
         connection = route[0]
         if isinstance(connection, int):
-            self._lanes.send(connection, wire.lane_packet(frames, request_id))
+            wire.check_lane_reply(frames)
+            self._lanes.send(connection, frames[0])
             return
         router = self._routers[socket]
         router.send(cast(Envelope, route), frames)
@@ -652,6 +671,15 @@ class Daemon:
         if router.has_backlog and self._flush_at_s == math.inf:
             self._flush_pause_s = FLUSH_S
             self._flush_at_s = time.monotonic() + FLUSH_S
+
+    def _land_reply(self, effect: LandReply) -> None:
+        header = effect.header
+        try:
+            self._lanes.write(effect.part.region, effect.part.offset, effect.raw)
+        except OSError as e:
+            error = ResourceExhausted(f"no memory for the reply: {e.strerror}", reason="OUT_OF_MEMORY")
+            header = {"id": header["id"], "error": error.to_wire()}
+        self._reply(effect.socket, effect.route, header)
 
     # ------------------------------------------------------------------ leases
 
@@ -750,6 +778,7 @@ class Daemon:
         children, disk = self._children, self._disk
         return {
             Reply: lambda e: self._reply(e.socket, e.route, e.header),
+            LandReply: self._land_reply,
             SendResult: self._send_result,
             SendKept: self._send_kept,
             StartRun: children.start_run,
@@ -818,6 +847,12 @@ class Daemon:
         self._disk.end()
         self._children.wait_ended()
         self._journal.emit("server_stopped")
+
+
+def _unsent(effect: SendResult, error: EdgedError) -> Unsent:
+    """A result that its client gets an error for."""
+    job = effect.job
+    return Unsent(job.route, job.request_id, job.instance, job.arrived_s, error, effect.counted)
 
 
 class _PageAsked(Event, frozen=True):

@@ -15,7 +15,7 @@ import msgspec
 from edged.cache import Answer, Keep
 from edged.config import Config
 from edged.errors import EdgedError
-from edged.messages import LaneRequest, Peer, Request, RequestId, Route
+from edged.messages import LaneRequest, Peer, RegionPart, Request, RequestId, Route
 from edged.repository import Entry, Snapshot
 from edged.resources import Sample
 from edged.scheduler import Job
@@ -43,6 +43,7 @@ __all__ = [
     "Kept",
     "KeptSent",
     "KillWorker",
+    "LandReply",
     "LaneClosed",
     "LaneOpened",
     "LanePacket",
@@ -79,6 +80,7 @@ __all__ = [
     "StopMeasure",
     "Tick",
     "UnloadInstance",
+    "Unsent",
     "WorkerGone",
     "WorkerHello",
 ]
@@ -163,6 +165,21 @@ class KeptSent(Event, frozen=True):
     instance: int
     rows: int
     ns: int
+
+
+Counted = tuple[int, int, int, int]
+"""What the statistics were told of an answer: rows, and nanoseconds in the queue, in the run and in all."""
+
+
+class Unsent(Event, frozen=True):
+    """An inference's outputs could not be sent: its client gets the error. `counted` if as a success."""
+
+    route: Route
+    request_id: RequestId
+    instance: int
+    arrived_s: float
+    error: EdgedError
+    counted: Counted | None = None
 
 
 class RunFailed(Event, frozen=True):
@@ -298,6 +315,16 @@ class Reply(Effect, frozen=True):
     header: dict[str, Any]
 
 
+class LandReply(Effect, frozen=True):
+    """Write a reply into leased memory, and send the header that tells of it."""
+
+    route: Route
+    socket: str
+    part: RegionPart
+    raw: bytes
+    header: dict[str, Any]
+
+
 class SendResult(Effect, frozen=True):
     """Send an inference's outputs, which lie in the worker's slot."""
 
@@ -308,6 +335,7 @@ class SendResult(Effect, frozen=True):
     slot: int
     outputs: list[Any]
     parameters: dict[str, Any]
+    counted: Counted
 
 
 class SendKept(Effect, frozen=True):

@@ -188,6 +188,13 @@ class Lanes:
         """A region's descriptor, to be passed to a worker once."""
         return self._regions[region]
 
+    def write(self, region: int, offset: int, raw: bytes) -> None:
+        """Writes into a region, whose size nobody can change. Raises OSError for want of memory."""
+        fd, rest = self._regions[region], memoryview(raw)
+        while rest:
+            written = os.pwrite(fd, rest, offset)
+            offset, rest = offset + written, rest[written:]
+
     def free(self, region: int) -> None:
         """Lets go of a region's memory, which lives on as long as its client maps it."""
         fd = self._regions.pop(region, None)

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import msgpack
+import msgspec
 
 from edged import sites
 from edged.arena import Arena, ArenaBoundsError
@@ -39,6 +40,10 @@ PACKETS_PER_TURN = 64
 LARGE_REPLY_BYTES_MAX = 17 << 20
 """Of one reply that came by way of the slot: a little more than a worker allows itself."""
 
+LOADED_BYTES_MAX = 4 << 20
+"""Of the answer to a load that comes in parts: twice what a worker allows itself for metadata and tensors,
+since of the metadata it counts the characters alone."""
+
 BATCH_TIMES_MAX = 64
 """Sizes of a batch that a worker may have tried; it tries seven and its owner's own."""
 
@@ -47,6 +52,8 @@ COMPUTE_NS_MAX = 1 << 50
 
 PROBE_REPLY_BYTES_MAX = 64 * 1024
 """Of a probe's verdict; what is beyond it is cut, which makes it unreadable and so a driver_error."""
+
+_metadata_decoder = msgspec.msgpack.Decoder(dict[str, str])
 
 _PR_SET_CHILD_SUBREAPER = 36
 """From linux/prctl.h."""
@@ -328,6 +335,9 @@ class WorkerProcess:
         self._runs: set[int] = set()
         self._loads: set[int] = set()
         """What it was given and has not answered: it may speak of nothing else."""
+        self._parts = bytearray()
+        self._parts_of: int | None = None
+        """The load whose answer comes in parts, and what came; a worker loads one model at a time."""
 
     def __repr__(self) -> str:
         return f"<WorkerProcess {self.runtime} pid={self.pid} {self._ended or 'running'}>"
@@ -375,6 +385,11 @@ class WorkerProcess:
         heard = []
         try:
             for packet in self._receive(self._control):
+                if packet[0] == "part":
+                    self._add_part(*packet[1:])
+                    continue
+                if packet[0] == "whole":
+                    packet = self._put_together(*packet[1:])
                 _check_word(packet)
                 if packet[0] == "hello":
                     if self.pid is None:
@@ -393,6 +408,28 @@ class WorkerProcess:
         except (AttributeError, KeyError, TypeError, ValueError) as e:
             raise self._gone_wrong(e) from None
         return heard
+
+    def _add_part(self, instance: int, raw: bytes) -> None:
+        """Keeps a part of a long answer. Raises ValueError beyond the bound, or for no load of ours."""
+        if type(raw) is not bytes or instance not in self._loads:
+            raise ValueError("a part of no load's answer")
+        if instance != self._parts_of:
+            self._parts_of, self._parts = instance, bytearray()
+        if len(self._parts) + len(raw) > LOADED_BYTES_MAX:
+            raise ValueError(f"an answer of more than {LOADED_BYTES_MAX} bytes")
+        self._parts += raw
+
+    def _put_together(self, instance: int) -> list[Any]:
+        """The answer to a load whose parts have all come. Raises ValueError."""
+        parts, self._parts = self._parts, bytearray()
+        of, self._parts_of = self._parts_of, None
+        try:
+            packet = _unpack(memoryview(parts))
+        except WorkerGone as e:
+            raise ValueError(str(e)) from None
+        if instance != of or packet[:2] != ["loaded", instance]:
+            raise ValueError("parts that are no load's answer")
+        return packet
 
     def _gone_wrong(self, error: Exception) -> WorkerGone:
         """It said what no worker says: whatever it is by now, it is ended."""
@@ -704,6 +741,18 @@ def _is_batch(batch: Any) -> bool:
     )
 
 
+def _is_metadata(info: Mapping[str, Any]) -> bool:
+    """Whether it tells its metadata, which is handed on as it is, or by how much it is too large."""
+    if "metadata_excess" in info:
+        nbytes, keys = info["metadata_excess"]
+        return type(nbytes) is int and type(keys) is list and all(type(key) is str for key in keys)
+    try:
+        _metadata_decoder.decode(info["metadata"])
+    except msgspec.MsgspecError:
+        return False
+    return True
+
+
 def _is_measurement(result: Any) -> bool:
     """Whether this is what a measurer says: figures that can be reckoned with, or none, and a sentence."""
     if type(result) is not dict:
@@ -738,7 +787,7 @@ def _check_word(packet: list[Any]) -> None:
         good &= _is_batch(info["batch"])
         good &= type(info.get("changes") or "") is str
         good &= type(info.get("load_ms") or 0) in (int, float)
-        good &= type(info.get("rss_bytes") or 0) is int and type(info.get("metadata") or {}) is dict
+        good &= type(info.get("rss_bytes") or 0) is int and _is_metadata(info)
     elif kind == "proving":
         good = len(packet) == 2 and type(packet[1]) is int
     elif kind == "load_failed":

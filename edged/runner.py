@@ -40,6 +40,9 @@ INLINE_REPLY_BYTES_MAX = 150_000
 LARGE_REPLY_BYTES_MAX = 16 << 20
 """Of one reply's sequences and maps: they stand in the reply's header, which its client reads at once."""
 
+MESSAGE_CHARS_MAX = 2000
+"""Of an error's message that takes more than a packet: it is for people."""
+
 CANCELLED_MAX = 4096
 """Cancels kept for runs that have not begun; more than any queue between the two can hold."""
 
@@ -323,7 +326,9 @@ class Runner:
 
     def _large_reply(self, reply: list[Any], raw: bytes, inputs: list[Any]) -> list[Any]:
         """A reply that is too large for a packet, put behind everything else in the slot."""
-        _, run_id, slot = reply[:3]
+        kind, run_id, slot = reply[:3]
+        if kind == "failed":  # a sentence with names of the model's in it
+            return [*reply[:5], reply[5][:MESSAGE_CHARS_MAX] + "…"]
         if len(raw) > LARGE_REPLY_BYTES_MAX:
             return [
                 "failed",
@@ -332,7 +337,7 @@ class Runner:
                 "RESOURCE_EXHAUSTED",
                 "OUTPUT_TOO_LARGE",
                 f"sequence and map outputs take {len(raw)} bytes, {LARGE_REPLY_BYTES_MAX} may be returned; "
-                "ask for fewer outputs",
+                "ask for fewer rows at once or for other outputs, or export the model without them (ZipMap)",
             ]
         ends = [t[3] + t[4] for t in (*inputs, *reply[3]) if t[3] is not None]
         at = aligned(max(ends, default=0))

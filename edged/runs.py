@@ -22,7 +22,7 @@ waiting, can make it so: a model with nothing to do always tries, so that a wron
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,10 +38,11 @@ from edged.events import (
     RunFailed,
     SendResult,
     StartRun,
+    Unsent,
     WorkerGone,
 )
 from edged.instances import Instance, InstanceState, Surroundings, Worker
-from edged.messages import RequestId, Route
+from edged.messages import RegionPart, RequestId, Route
 from edged.regions import Regions
 from edged.registry import Registry
 from edged.scheduler import Job, JobState, Scheduler
@@ -398,13 +399,15 @@ class Runs:
 
     def _succeed(self, run: Run, job: Job, outputs: list[Any], compute_ns: int, now_s: float) -> None:
         instance = run.instance
+        nbytes, bytes_max = _reply_bytes(outputs, job.into), self._around.config.limits.message_bytes
+        if nbytes > bytes_max:
+            self.answer(job, instance, _too_large(instance, nbytes, bytes_max), now_s)
+            return
         queue_s = max(0.0, job.started_s - job.arrived_s)
+        queue_ns, total_ns = int(queue_s * 1e9), int((now_s - job.arrived_s) * 1e9)
+        epoch_ms = int((now_s + self.epoch_offset_s) * 1000)
         instance.stats.success(
-            rows=job.rows,
-            queue_ns=int(queue_s * 1e9),
-            compute_ns=compute_ns,
-            total_ns=int((now_s - job.arrived_s) * 1e9),
-            epoch_ms=int((now_s + self.epoch_offset_s) * 1000),
+            rows=job.rows, queue_ns=queue_ns, compute_ns=compute_ns, total_ns=total_ns, epoch_ms=epoch_ms
         )
         self.counters["inferences"] += 1
         info = instance.info
@@ -423,8 +426,23 @@ class Runs:
         version = str(instance.version)
         if job.promised:
             instance.times.promised(kept=now_s <= job.deadline_s)
-        self._emit(SendResult(job, instance.name, version, run.worker.id, run.slot, outputs, parameters))
+        counted = (job.rows, queue_ns, compute_ns, total_ns)
+        self._emit(
+            SendResult(job, instance.name, version, run.worker.id, run.slot, outputs, parameters, counted)
+        )
         self._answered(job)
+
+    def on_unsent(self, event: Unsent, now_s: float) -> None:
+        """Outputs that could not be sent: the request failed, whatever was counted before."""
+        instance = self._registry.instances.get(event.instance)
+        if event.counted is not None:
+            self.counters["inferences"] -= 1
+        if instance is not None:
+            if event.counted is not None:
+                rows, queue_ns, compute_ns, total_ns = event.counted
+                instance.stats.unsent(rows=rows, queue_ns=queue_ns, compute_ns=compute_ns, total_ns=total_ns)
+            instance.stats.failure("fail", int((now_s - event.arrived_s) * 1e9))
+        self.refuse(event.route, "infer", event.request_id, event.error)
 
     def on_failed(self, event: RunFailed, now_s: float) -> None:
         """A worker could not finish a run."""
@@ -602,6 +620,31 @@ def _crashed(instance: Instance, why: str) -> Unavailable:
         f"model '{instance.name}': the worker ended while this request ran ({why}); it is started again",
         reason="WORKER_CRASHED",
         retry_after_ms=500,
+    )
+
+
+def _reply_bytes(outputs: list[Any], into: Mapping[str, RegionPart] | None) -> int:
+    """What a run's outputs take in a reply; those that landed in leased memory take nothing.
+
+    As the worker says; what makes no sense takes nothing here, and is found out when it is read.
+    """
+    total = 0
+    try:
+        for output in outputs:
+            if output[2] is None:
+                total += len(output[5])
+            elif into is None or output[0] not in into:
+                total += output[4]
+    except (IndexError, TypeError):
+        return 0
+    return total
+
+
+def _too_large(instance: Instance, nbytes: int, bytes_max: int) -> ResourceExhausted:
+    return ResourceExhausted(
+        f"model '{instance.name}': the outputs take {nbytes} bytes, a reply may have {bytes_max} "
+        "(`limits.message_bytes`); have large outputs land in leased memory, or ask for fewer",
+        reason="REPLY_TOO_LARGE",
     )
 
 

@@ -20,7 +20,8 @@ from typing import Any
 import numpy as np
 
 from edged.client import Client, InferResult
-from edged.errors import InvalidArgument
+from edged.errors import InvalidArgument, ResourceExhausted
+from edged.properties import parted
 
 __all__ = ["InferenceSession", "ModelMeta", "NodeArg", "model_of"]
 
@@ -46,8 +47,6 @@ _TYPES = {
 }
 
 _MODEL_SUFFIXES = {".onnx", ".ort", ".xml"}
-
-_META_KEYS = ("producer_name", "graph_name", "domain", "description", "graph_description", "version")
 
 
 @dataclass(frozen=True)
@@ -104,7 +103,7 @@ class InferenceSession:
         self._version = version if version is not None else found_version
         self._client = Client(endpoint, timeout=timeout)
         try:
-            metadata = self._client.model_metadata(self._name, self._version)
+            metadata = self._metadata()
         except BaseException:
             self._client.close()
             raise
@@ -113,8 +112,19 @@ class InferenceSession:
         self._optional_inputs = [_node_arg(spec) for spec in specs if spec.get("optional")]
         self._outputs = [_node_arg(spec) for spec in metadata["outputs"]]
         self._strings = {spec["name"] for spec in metadata["outputs"] if spec["datatype"] == "BYTES"}
-        self._properties: dict[str, Any] = dict(metadata.get("properties") or {})
+        self._properties: dict[str, str] = dict(metadata.get("properties") or {})
         self._last_result: InferResult | None = None
+
+    def _metadata(self) -> dict[str, Any]:
+        """Inputs and outputs, and what the model says of itself, all of the same version."""
+        self._too_large: ResourceExhausted | None = None
+        try:
+            return self._client.model_metadata(self._name, self._version)
+        except ResourceExhausted as e:
+            if e.reason != "METADATA_TOO_LARGE":
+                raise
+            self._too_large = e
+            return self._client.model_metadata(self._name, self._version, properties=False)
 
     def run(
         self,
@@ -150,12 +160,13 @@ class InferenceSession:
         return list(self._optional_inputs)
 
     def get_modelmeta(self) -> ModelMeta:
-        """The model's own metadata."""
-        known = {key: str(self._properties.get(key, "")) for key in _META_KEYS if key != "version"}
-        version = str(self._properties.get("version", ""))
-        custom = {key: str(value) for key, value in self._properties.items() if key not in _META_KEYS}
+        """The model's own metadata. Raises ResourceExhausted where it is more than the daemon tells."""
+        if self._too_large is not None:
+            raise self._too_large
+        fields, own = parted(self._properties)
+        version = fields.pop("version")
         return ModelMeta(
-            **known, version=int(version) if version.isdecimal() else 0, custom_metadata_map=custom
+            **fields, version=int(version) if version.isdecimal() else 0, custom_metadata_map=own
         )
 
     def get_providers(self) -> list[str]:

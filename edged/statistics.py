@@ -35,12 +35,21 @@ class Histogram:
 
     def add(self, latency_us: int) -> None:
         """Counts one latency; below 8 µs exactly, above by bucket."""
+        self._counts[self._index(latency_us)] += 1
+        self.count += 1
+
+    def remove(self, latency_us: int) -> None:
+        """Takes back one that was counted."""
+        self._counts[self._index(latency_us)] -= 1
+        self.count -= 1
+
+    @staticmethod
+    def _index(latency_us: int) -> int:
         value = latency_us if latency_us > 0 else 0
         shift = value.bit_length() - 4
         # Below 16 the value is its own bucket; above, the top four bits choose one of eight per doubling.
         index = value if shift <= 0 else shift * _SUB + (value >> shift)
-        self._counts[index if index < _BUCKETS else _BUCKETS - 1] += 1
-        self.count += 1
+        return index if index < _BUCKETS else _BUCKETS - 1
 
     def quantile_us(self, q: float) -> int:
         """The lower edge of the bucket in which the quantile lies; 0 when nothing was counted."""
@@ -120,6 +129,15 @@ class ModelStatistics:
             pair[0] += 1
             pair[1] += ns
         self.histogram.add(total_ns // 1000)
+
+    def unsent(self, *, rows: int, queue_ns: int, compute_ns: int, total_ns: int) -> None:
+        """A request that `success` has counted failed after all: its outputs could not be sent."""
+        self.inference_count -= rows
+        for kind, ns in (("success", total_ns), ("queue", queue_ns), ("compute_infer", compute_ns)):
+            pair = self.sums[kind]
+            pair[0] -= 1
+            pair[1] -= ns
+        self.histogram.remove(total_ns // 1000)
 
     def hit(self, *, rows: int, total_ns: int, epoch_ms: int) -> None:
         """Counts one request that was answered with what was kept."""

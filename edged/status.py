@@ -10,8 +10,11 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from edged.errors import NotFound
+import msgspec
+
+from edged.errors import NotFound, ResourceExhausted
 from edged.instances import Instance, InstanceState, Track
+from edged.properties import METADATA_BYTES_MAX
 from edged.registry import Registry
 from edged.wire import PROTOCOL_VERSIONS, cut
 
@@ -54,23 +57,41 @@ def _limits(core: Core) -> dict[str, int]:
     return dataclasses.asdict(core.around.config.limits)
 
 
-def model_metadata(registry: Registry, instance: Instance) -> dict[str, Any]:
-    """OIP's model metadata; what the model says of itself comes in `properties`."""
+def model_metadata(registry: Registry, instance: Instance, *, properties: bool = True) -> dict[str, Any]:
+    """OIP's model metadata; what the model says of itself comes in `properties`, whole.
+
+    Raises ResourceExhausted where that is more than is told, unless it is not asked for.
+    """
     versions = sorted(
         t.serving.version
         for t in registry.tracks.values()
         if t.name == instance.name and t.serving is not None and t.serving.admits
     )
-    return {
+    found: dict[str, Any] = {
         "name": instance.name,
         "versions": [str(v) for v in versions],
         "version": str(instance.version),
         "platform": f"{instance.info['runtime']}_{instance.entry.format.removeprefix('openvino_')}",
         "inputs": [spec.to_wire() for spec in instance.inputs.values()],
         "outputs": [spec.to_wire() for spec in instance.outputs.values()],
-        "properties": dict(instance.info.get("metadata") or {}),
         "state": instance.oip_state(),
     }
+    if properties:
+        found["properties"] = _properties(instance)
+    return found
+
+
+def _properties(instance: Instance) -> msgspec.Raw:
+    if "metadata_excess" in instance.info:
+        nbytes, keys = instance.info["metadata_excess"]
+        named = ", ".join(f"'{cut(key)}'" for key in keys)
+        raise ResourceExhausted(
+            f"model '{instance.name}' has {nbytes} bytes of metadata, at most {METADATA_BYTES_MAX} are told "
+            f"(the largest: {named}); ask with the parameter 'properties' false for everything else, and "
+            "keep what is so large in a file of the app's own",
+            reason="METADATA_TOO_LARGE",
+        )
+    return msgspec.Raw(instance.info["metadata"])
 
 
 def model_statistics(core: Core, name: str, version: str) -> list[dict[str, Any]]:

@@ -23,6 +23,7 @@ import msgspec
 import zmq
 import zmq.backend
 
+from edged.errors import ResourceExhausted
 from edged.messages import Envelope, Peer
 
 __all__ = ["Incoming", "Router", "SocketDir", "TransportError", "bind_events"]
@@ -35,10 +36,12 @@ SEND_HWM = 128
 
 BACKLOG_BYTES_MAX = 64 * 1024 * 1024
 BACKLOG_REPLIES_MAX = 4096
-"""Replies kept for one client that does not read, before they are dropped."""
+"""Replies kept for one client that does not read, before further ones are refused."""
 
 BACKLOG_TOTAL_BYTES_MAX = 512 * 1024 * 1024
-"""The same for all clients together."""
+"""The same for all clients together. A reply larger than `BACKLOG_BYTES_MAX` goes by itself: a client has at
+most one at libzmq and one kept, and for these all that libzmq holds counts too. There it
+is never less than two messages of the largest size and some small ones."""
 
 TRACKED_BYTES_MIN = 256 * 1024
 """Frames from this size on are counted until the client has taken them; of others the number is bounded."""
@@ -125,6 +128,8 @@ class Incoming(msgspec.Struct, frozen=True, gc=False):
 class _Backlog:
     replies: deque[list[Any]] = field(default_factory=deque)
     nbytes: int = 0
+    oversize_bytes: int = 0
+    """Of these, in the one reply that is larger than the bound of all others."""
 
 
 class Router:
@@ -135,6 +140,7 @@ class Router:
     ) -> None:
         self.name = name
         self._frames_max = frames_max
+        self._total_bytes_max = max(BACKLOG_TOTAL_BYTES_MAX, 2 * frame_bytes_max + BACKLOG_BYTES_MAX)
         self._socket = socket = context.socket(zmq.ROUTER)
         socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
         # libzmq hangs up on a frame above its limit, without a word: what is a little too large gets one.
@@ -154,9 +160,11 @@ class Router:
         self._peers: dict[str, Peer] = {}
         self._backlogs: dict[bytes, _Backlog] = {}
         self._backlog_bytes = 0
+        self._oversize_bytes = 0
         self._large: dict[bytes, list[tuple[Any, int]]] = {}
         self._large_swept_at = LARGE_CLIENTS_MIN
         self.dropped_replies = 0
+        """Replies that were refused for want of room, as the word of that then was."""
 
     def readable(self) -> bool:
         """Whether a message waits. To be asked before each wait on `fd`, which tells of changes only."""
@@ -203,7 +211,10 @@ class Router:
         return peer
 
     def send(self, route: Envelope, frames: Sequence[bytes | memoryview]) -> None:
-        """Sends a reply, now or when the client has room. A client that is gone loses it."""
+        """Sends a reply, now or when the client has room. A client that is gone loses it.
+
+        Raises ResourceExhausted when the client has left so much unread that there is no room to keep it.
+        """
         name = route[0]
         backlog = self._backlogs.get(name)
         size = sum([len(f) for f in frames])
@@ -211,23 +222,47 @@ class Router:
             if size < TRACKED_BYTES_MIN and name not in self._large:
                 if self._try(route, frames):
                     return
-            elif self._unread_bytes(name) + size <= BACKLOG_BYTES_MAX and self._try(route, frames):
+            elif self._may_go(self._unread_bytes(name), size) and self._try(route, frames):
                 return
-            backlog = self._backlogs[name] = _Backlog()
         size += sum([len(part) for part in route])
-        if (
-            backlog.nbytes + size > BACKLOG_BYTES_MAX
-            or self._backlog_bytes + size > BACKLOG_TOTAL_BYTES_MAX
-            or len(backlog.replies) >= BACKLOG_REPLIES_MAX
-        ):
-            self.dropped_replies += 1
-            if not backlog.replies:
-                del self._backlogs[name]
-            return
+        if not self._may_keep(backlog or _Backlog(), size):
+            unread = self._unread_bytes(name) + (0 if backlog is None else backlog.nbytes)
+            raise ResourceExhausted(
+                f"no room for a reply of {size} bytes: {unread} wait for this client, {self._held_bytes()} "
+                "for all; read before asking for more, or have large outputs land in leased memory",
+                reason="REPLIES_UNREAD",
+            )
+        if backlog is None:
+            backlog = self._backlogs[name] = _Backlog()
         backlog.nbytes += size
         self._backlog_bytes += size
+        if size > BACKLOG_BYTES_MAX:
+            backlog.oversize_bytes = size
+            self._oversize_bytes += size
         # The frames may lie in memory that is used again as soon as this returns.
         backlog.replies.append([*route, *[bytes(f) for f in frames]])
+
+    def _may_go(self, unread: int, size: int) -> bool:
+        """Whether libzmq may hold so much more for a client; what is beyond the bound goes by itself."""
+        if unread + size <= BACKLOG_BYTES_MAX:
+            return True
+        return not unread and self._held_bytes() + size <= self._total_bytes_max
+
+    def _may_keep(self, backlog: _Backlog, size: int) -> bool:
+        """Whether a reply may wait for a client, behind what waits already."""
+        if len(backlog.replies) >= BACKLOG_REPLIES_MAX:
+            return False
+        if size > BACKLOG_BYTES_MAX:
+            return not backlog.oversize_bytes and self._held_bytes() + size <= self._total_bytes_max
+        others = self._backlog_bytes - self._oversize_bytes
+        return (
+            backlog.nbytes - backlog.oversize_bytes + size <= BACKLOG_BYTES_MAX
+            and others + size <= BACKLOG_TOTAL_BYTES_MAX
+        )
+
+    def _held_bytes(self) -> int:
+        """What waits for all clients, here and in libzmq."""
+        return self._backlog_bytes + sum([self._unread_bytes(name) for name in list(self._large)])
 
     def _unread_bytes(self, name: bytes) -> int:
         """Of the large frames that libzmq still holds for this client: its own bound counts only messages."""
@@ -286,6 +321,9 @@ class Router:
                 backlog.replies.popleft()
                 backlog.nbytes -= size
                 self._backlog_bytes -= size
+                if size > BACKLOG_BYTES_MAX:
+                    backlog.oversize_bytes = 0
+                    self._oversize_bytes -= size
                 moved = True
             if not backlog.replies:
                 del self._backlogs[identity]

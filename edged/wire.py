@@ -43,16 +43,18 @@ __all__ = [
     "Output",
     "WireError",
     "WireLimits",
+    "check_lane_reply",
     "decode_lane_request",
     "decode_request",
     "encode",
     "encode_infer_reply",
     "input_data",
-    "lane_packet",
+    "landed_reply",
     "leased_input",
     "region_reference",
     "timing_parameters",
     "unknown_parameters",
+    "wants_properties",
 ]
 
 PROTOCOL_VERSIONS = (1,)
@@ -67,6 +69,7 @@ _WALKED_ELEMENTS_MAX = 4096
 """BYTES elements that are walked here, in about 1 ms; a worker walks what has more, and refuses it alike."""
 
 _PARAMETERS = frozenset({"timeout", "deadline_ns", "priority"})
+_PROPERTIES = "properties"
 _REGION, _OFFSET, _BYTE_SIZE = "shared_memory_region", "shared_memory_offset", "shared_memory_byte_size"
 _REGION_KEYS = frozenset({_REGION, _OFFSET, _BYTE_SIZE})
 _HEADER_KEYS = frozenset(Request.__struct_fields__)
@@ -84,6 +87,10 @@ _TEXT_MAX = 128
 """How much of a client's own text an error repeats."""
 
 
+_WARNINGS_MAX = 16
+"""In a reply: they are for people, and a client may make thousands."""
+
+
 @dataclass(frozen=True)
 class WireLimits:
     """The wire's bounds; each is a setting, and `server_metadata` tells them to clients."""
@@ -91,7 +98,7 @@ class WireLimits:
     header_bytes: int = 65_536
     """A header is small; msgpack can blow up seventyfold when decoded, so it is bounded before that."""
     message_bytes: int = 256 * 1024 * 1024
-    """The largest message, all frames together: what one request may pin in memory."""
+    """The largest message, all frames together: what one request, or its reply, may pin in memory."""
     frames: int = 64
     """Tensor frames in a message."""
     tensors: int = 256
@@ -227,7 +234,7 @@ def _check_request(request: Request, frame_bytes: Sequence[int], socket: str, li
 
 def _check_must_understand(request: Request) -> None:
     for key in request.must_understand:
-        if key not in _HEADER_KEYS and key not in _PARAMETERS and key not in _REGION_KEYS:
+        if key not in _HEADER_KEYS | _PARAMETERS | _REGION_KEYS and key != _PROPERTIES:
             raise _not_understood(key)
 
 
@@ -420,6 +427,14 @@ def timing_parameters(request: Request) -> tuple[float | None, float | None, int
     return timeout_us / 1e6 or None, deadline_ns / 1e9 or None, priority or 5
 
 
+def wants_properties(request: Request) -> bool:
+    """Whether `model_metadata` is to tell what the model says of itself. Raises InvalidArgument."""
+    wanted = (request.parameters or {}).get(_PROPERTIES, True)
+    if type(wanted) is not bool:
+        raise InvalidArgument(f"parameter '{_PROPERTIES}' must be true or false", reason="BAD_PARAMETER")
+    return wanted
+
+
 def unknown_parameters(request: Request) -> list[str]:
     """What was ignored, for the reply's warnings."""
     found: list[str] = []
@@ -439,7 +454,9 @@ def unknown_parameters(request: Request) -> list[str]:
                 for k in ref.parameters
                 if k not in _REGION_KEYS
             )
-    return found[:16]
+    if len(found) > _WARNINGS_MAX:
+        found[_WARNINGS_MAX - 1 :] = [f"{len(found) - _WARNINGS_MAX + 1} more were ignored"]
+    return found
 
 
 def encode(reply: dict[str, Any]) -> bytes:
@@ -447,21 +464,29 @@ def encode(reply: dict[str, Any]) -> bytes:
     return _encoder.encode(reply)
 
 
+def landed_reply(request_id: RequestId, part: RegionPart, nbytes: int) -> dict[str, Any]:
+    """The header that tells of a reply in leased memory. Raises InvalidArgument if it has no room there."""
+    if nbytes > part.nbytes:
+        raise InvalidArgument(
+            f"the reply has {nbytes} bytes, the place for it {part.nbytes}; name a larger piece of a region",
+            reason="OUTPUT_DOES_NOT_FIT",
+        )
+    return {"id": request_id, "parameters": {_REGION: part.name, _OFFSET: part.offset, _BYTE_SIZE: nbytes}}
+
+
 Output = tuple[str, str, Sequence[int] | None, Any]
 """`(name, datatype, shape, raw bytes)`; for SEQUENCE, MAP and OPTIONAL `(name, datatype, None, msgpack)`."""
 
 
-def lane_packet(frames: Sequence[bytes | memoryview], request_id: RequestId) -> bytes | memoryview:
-    """A reply as the lease socket's one packet: its header, or the error that it does not fit into one."""
+def check_lane_reply(frames: Sequence[bytes | memoryview]) -> None:
+    """Raises ResourceExhausted for a reply that is not one packet of the lease socket."""
     nbytes = sum([len(frame) for frame in frames])
-    if len(frames) == 1 and nbytes <= LANE_PACKET_BYTES_MAX:
-        return frames[0]
-    error = ResourceExhausted(
-        f"the reply has {nbytes} bytes, a packet of lease.sock at most {LANE_PACKET_BYTES_MAX}; name regions "
-        "for large outputs, or ask over edged.sock",
-        reason="REPLY_TOO_LARGE",
-    )
-    return encode({"id": request_id, "error": error.to_wire()})
+    if len(frames) > 1 or nbytes > LANE_PACKET_BYTES_MAX:
+        raise ResourceExhausted(
+            f"the reply has {nbytes} bytes, a packet of lease.sock at most {LANE_PACKET_BYTES_MAX}; name "
+            "regions for large outputs, one in `parameters` where there are none, or ask over edged.sock",
+            reason="REPLY_TOO_LARGE",
+        )
 
 
 def encode_infer_reply(

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import errno
 import gc
 import json
 import os
@@ -32,6 +31,7 @@ import msgpack
 from edged import agreement, batching
 from edged.errors import Code
 from edged.measuring import measure, no_result
+from edged.properties import METADATA_BYTES_MAX, TENSORS_BYTES_MAX, largest, metadata_bytes
 from edged.row_independence import Reading, changes, read_rows
 from edged.runner import PACKET_BYTES_MAX, Loaded, Runner
 from edged.runtimes.base import (
@@ -54,6 +54,9 @@ OOM_SCORE = 500
 
 TRIAL_MAX_S = 3.0
 """After which a run of made-up rows is ended: the trial of batches plans for half a second."""
+
+PART_BYTES = 128 * 1024
+"""Of a long answer in one packet: well below what the socket takes, 212,960 bytes."""
 
 TIMED_RUN_MAX_S = 0.25
 """A warm-up that took no longer is followed by runs whose time is what a request can expect."""
@@ -152,6 +155,18 @@ class Worker:
         with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             self._control.send(msgpack.packb(packet))
 
+    def _say_whole(self, instance: int, packet: list[Any]) -> None:
+        """The answer to a load, in parts where it is larger than a packet.
+
+        No memory is passed for it: what a worker passes may be anything, and hold up who closes it.
+        """
+        raw = msgpack.packb(packet)
+        if len(raw) > PART_BYTES:
+            for at in range(0, len(raw), PART_BYTES):
+                self._say(["part", instance, raw[at : at + PART_BYTES]])
+            packet = ["whole", instance]
+        self._say(packet)
+
     # The loader thread.
 
     def _runtime(self, name: str) -> Runtime:
@@ -196,14 +211,7 @@ class Worker:
             if timer is not None:
                 timer.cancel()
             self._loads.pop(instance, None)
-        try:
-            self._say(reply)
-        except OSError as e:
-            if e.errno != errno.EMSGSIZE:
-                raise
-            self._runner.models.pop(instance).model.close()
-            message = "its names, shapes and metadata take more room than a packet has (about 200 KB)"
-            self._say(["load_failed", instance, "UNIMPLEMENTED", "MODEL_UNSUPPORTED", message])
+        self._say_whole(instance, reply)
 
     def _load_and_prove(self, instance: int, settings: dict[str, Any], cancel: LoadCancel) -> list[Any]:
         runtime = self._runtime(settings["runtime"])
@@ -214,6 +222,7 @@ class Worker:
         graph = _graph(runtime, settings)
         moody = changes(graph) if isinstance(graph, Graph) else ""
         try:
+            tensors = _tensors(model)
             samples = agreement.read_golden(
                 settings.get("golden_dir"), settings.get("golden") or (), model.inputs, model.outputs
             )
@@ -244,9 +253,8 @@ class Worker:
             "loaded",
             instance,
             {
-                "inputs": [s.to_wire() for s in model.inputs],
-                "outputs": [s.to_wire() for s in model.outputs],
-                "metadata": model.metadata,
+                **tensors,
+                **_told(model.metadata),
                 "device": model.device,
                 "runtime": runtime.name,
                 "runtime_version": runtime.version,
@@ -275,6 +283,31 @@ class Worker:
         except Exception as e:  # noqa: BLE001 - the worker's edge: a measurement that fails says so and no more
             result = no_result(f"the measurement failed: {clean_text(e)}")
         self._say(["measured", result])
+
+
+def _tensors(model: Model) -> dict[str, Any]:
+    """A model's inputs and outputs. Raises LoadFailed for more of them than are told."""
+    found = {
+        "inputs": [s.to_wire() for s in model.inputs],
+        "outputs": [s.to_wire() for s in model.outputs],
+    }
+    nbytes = len(msgpack.packb(found))
+    if nbytes > TENSORS_BYTES_MAX:
+        raise LoadFailed(
+            "MODEL_UNSUPPORTED",
+            f"names and shapes of its {len(model.inputs)} inputs and {len(model.outputs)} outputs take "
+            f"{nbytes} bytes, the limit is {TENSORS_BYTES_MAX}; export it with fewer, or with shorter names",
+            code=Code.UNIMPLEMENTED,
+        )
+    return found
+
+
+def _told(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """A model's metadata, packed, since the supervisor only hands it on; or that it is too much."""
+    nbytes = metadata_bytes(metadata)
+    if nbytes > METADATA_BYTES_MAX:
+        return {"metadata_excess": [nbytes, largest(metadata)]}
+    return {"metadata": msgpack.packb(metadata)}
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ def test_what_was_done_before_the_end_is_told_though_more_is_dispatched_meanwhil
 
     def core(event: Event) -> None:
         if isinstance(event, RunDone):
-            effect = SendResult(a_job(), "m", "1", 1, event.run_id % 2, event.outputs, {})
+            effect = SendResult(a_job(), "m", "1", 1, event.run_id % 2, event.outputs, {}, (1, 0, 0, 0))
             seen.append([bytes(output[3]) for output in bench.children.outputs(effect)[0]])
             bench.start(event.run_id + 10)
 

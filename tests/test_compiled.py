@@ -8,8 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
+from edged.properties import parted
 from edged.runtimes import onnxruntime
 from edged.runtimes.base import LoadCancel, LoadFailed, LoadRequest, create_runtime
 from edged.runtimes.compiled import BYTES_MAX, Kept, cache_folder, cpu_identity, key_of, prune
@@ -170,6 +172,20 @@ def test_a_second_load_takes_what_was_kept(small_too: None, tmp_path: Path) -> N
     assert told_again == told
     fresh, _ = answer(other, tmp_path, content="another")
     assert not np.allclose(fresh, want)
+
+
+@pytest.mark.parametrize("count", [350_000, 8 << 20])
+def test_metadata_is_kept_whole_or_not_at_all(small_too: None, tmp_path: Path, count: int) -> None:
+    """A note that is too long to be read again makes no entry: the next load asks the model itself."""
+    said = {"character": "字" * count}
+    model = zoo.mlp(seed=1)
+    onnx.helper.set_model_props(model, said)
+    path = zoo.write(tmp_path / "a.onnx", model)
+    for _ in range(2):
+        _, (_, _, metadata) = answer(path, tmp_path)
+        assert parted(metadata)[1] == said
+    entries = [p for p in (tmp_path / "onnxruntime").iterdir() if not p.suffix]
+    assert len(entries) == (1 if count == 350_000 else 0)
 
 
 def test_a_damaged_entry_is_made_anew(small_too: None, tmp_path: Path) -> None:

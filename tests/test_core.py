@@ -5,12 +5,13 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edged.config import CacheSettings
-from edged.errors import InvalidArgument
+from edged.errors import InvalidArgument, ResourceExhausted
 from edged.estimate import RunTimes
 from edged.events import (
     BadMessage,
@@ -18,6 +19,7 @@ from edged.events import (
     ConfigChanged,
     DevicesChanged,
     KillWorker,
+    LandReply,
     LaneClosed,
     Reply,
     RequestArrived,
@@ -29,10 +31,13 @@ from edged.events import (
     ShrinkWorkers,
     ShutdownAsked,
     StartRun,
+    Unsent,
 )
 from edged.instances import SLOTS_AT_START, InstanceState
 from edged.messages import InputTensor, OutputRef, Peer, Request
+from edged.properties import METADATA_BYTES_MAX
 from edged.runs import AHEAD_MAX_S, AHEAD_MIN_S, RUN_GRACE_S, RUN_LIMIT_S
+from edged.wire import encode
 from tests.world import CPU, CUDA, MIB, OV_CPU, PEER, World, config, sample
 
 
@@ -297,7 +302,7 @@ def test_what_a_model_tells_of_itself() -> None:
     assert meta["versions"] == ["1"]
     assert meta["platform"] == "onnxruntime_onnx"
     assert meta["inputs"] == [{"name": "x", "datatype": "FP32", "shape": [-1]}]
-    assert meta["properties"] == {"author": "nobody"}
+    assert msgspec.msgpack.decode(meta["properties"]) == {"author": "nobody"}
     (row,) = world.request("repository_index")["models"]
     assert (row["name"], row["version"], row["state"], row["reason"]) == ("m", "1", "READY", "")
     (stats,) = world.request("model_statistics")["model_stats"]
@@ -306,10 +311,136 @@ def test_what_a_model_tells_of_itself() -> None:
         assert world.request(method, model_name="nobody")["error"]["code"] == "NOT_FOUND"
 
 
+def test_an_error_names_some_of_many_tensors() -> None:
+    """All names of a large model would be more than a lane's packet, and then the answer another error."""
+    world = ready_world()
+    instance = world.serving()
+    (spec,) = instance.inputs.values()
+    instance.inputs |= {f"x{n}": spec for n in range(3000)}
+    instance.outputs |= {f"y{n}": spec for n in range(3000)}
+    for last, name in (("x18", "z"), ("y18", "x")):
+        tensor = InputTensor(name, "FP32", [1], data=bytes(4))
+        request = Request("model_infer", id=1, model_name="m", inputs=[tensor], outputs=[OutputRef("z")])
+        (reply,) = [
+            e for e in world.send(RequestArrived((b"a", b""), "infer", PEER, request)) if isinstance(e, Reply)
+        ]
+        assert reply.header["error"]["message"].endswith(f"'{last}' and 2981 more")
+
+
+def test_metadata_may_be_left_out_and_is_never_cut() -> None:
+    """Too much of it is an error that names the keys; everything else is still told."""
+    world = ready_world()
+    asked = world.request("model_metadata", model_name="m", parameters={"properties": False})
+    assert "properties" not in asked
+    assert asked["inputs"]
+    info = world.serving().info
+    del info["metadata"]
+    info["metadata_excess"] = [METADATA_BYTES_MAX + 1, ["character", "odd\nname"]]
+    error = world.request("model_metadata", model_name="m")["error"]
+    assert (error["code"], error["reason"]) == ("RESOURCE_EXHAUSTED", "METADATA_TOO_LARGE")
+    for said in ("'character'", "1048577", "1048576", "properties", r"odd\nname"):
+        assert said in error["message"]
+    assert world.request("model_metadata", model_name="m", parameters={"properties": False}) == asked
+    for odd in (0, "no", None):
+        error = world.request("model_metadata", model_name="m", parameters={"properties": odd})["error"]
+        assert (error["code"], error["reason"]) == ("INVALID_ARGUMENT", "BAD_PARAMETER")
+
+
+def test_an_answer_may_land_in_leased_memory() -> None:
+    """Whole, where it fits; the reply tells where, and of a place that is none nothing is done."""
+    world = ready_world()
+    name = world.lease(4096)
+    where = {"shared_memory_region": name, "shared_memory_offset": 8, "shared_memory_byte_size": 4000}
+    for method in ("model_metadata", "repository_index", "server_metadata"):
+        plain = world.request(method, model_name="m")
+        request = Request(method, id=plain["id"], model_name="m", parameters=where)
+        (landed,) = world.send(RequestArrived((b"a", b""), "infer", PEER, request))
+        assert isinstance(landed, LandReply)
+        assert msgspec.msgpack.decode(landed.raw) == msgspec.msgpack.decode(encode(plain))
+        assert (landed.part.name, landed.part.offset) == (name, 8)
+        assert landed.header == {
+            "id": plain["id"],
+            "parameters": {**where, "shared_memory_byte_size": len(landed.raw)},
+        }
+    for change, reason in (
+        ({"shared_memory_byte_size": 20}, "OUTPUT_DOES_NOT_FIT"),
+        ({"shared_memory_byte_size": 5000}, "BAD_REGION"),
+        ({"shared_memory_region": "another's"}, "REGION_NOT_FOUND"),
+    ):
+        asked = world.request("server_metadata", parameters={**where, **change})
+        assert asked["error"]["reason"] == reason
+    world.request("repository_model_unload", model_name="m", parameters={**where, **change})
+    assert world.serving().admits
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_a_reply_beyond_the_bound_is_an_error_and_a_failure(beyond: int) -> None:
+    """By what its outputs take that do not land elsewhere; the statistics and the client agree."""
+    world = ready_world()
+    bytes_max = world.core.around.config.limits.message_bytes
+    key = world.infer()
+    (worker,) = [w for w in world.workers.values() if w.runs]
+    run = worker.runs[0]
+    outputs = [
+        ["y", "UINT8", [bytes_max - 1000], 64, bytes_max - 1000],
+        ["s", "SEQUENCE", None, None, None, bytes(1000 + beyond)],
+    ]
+    world.send(RunDone(worker.id, run.run_id, outputs, 1))
+    (stats,) = world.request("model_statistics")["model_stats"]
+    counts = {kind: stats["inference_stats"][kind]["count"] for kind in ("success", "fail", "queue")}
+    if beyond > 0:
+        assert world.answer(key) == "REPLY_TOO_LARGE"
+        assert counts == {"success": 0, "fail": 1, "queue": 0}
+    else:
+        assert isinstance(world.answer(key), SendResult)
+        assert counts == {"success": 1, "fail": 0, "queue": 1}
+    assert world.core.runs.counters["inferences"] == counts["success"] == stats["latency_us"]["count"]
+
+
+@pytest.mark.parametrize(
+    "odd", [[], [["y"]], [[]], [["y", "FP32", [1], 0, "many"]], [["y", "F", None, 1, 1]]]
+)
+def test_outputs_that_make_no_sense_are_still_answered(odd: list[Any]) -> None:
+    """The core takes them as they are: who reads them finds out, and answers."""
+    world = ready_world()
+    key = world.infer()
+    (worker,) = [w for w in world.workers.values() if w.runs]
+    world.send(RunDone(worker.id, worker.runs[0].run_id, odd, 1))
+    assert isinstance(world.answer(key), SendResult)
+
+
+def test_what_could_not_be_sent_has_failed() -> None:
+    """It was counted as a success when its run ended; that is taken back, and its client answered."""
+    world = ready_world()
+    first, key = world.infer(), world.infer()
+    world.finish_runs()
+    before = world.request("model_statistics")["model_stats"][0]
+    result = world.answer(key)
+    job = result.job
+    error = ResourceExhausted("no room", reason="REPLIES_UNREAD")
+    unsent = Unsent(job.route, job.request_id, job.instance, job.arrived_s, error, result.counted)
+    (reply,) = world.send(unsent)
+    assert isinstance(reply, Reply)
+    assert (reply.route, reply.header["id"]) == (job.route, job.request_id)
+    assert reply.header["error"]["reason"] == "REPLIES_UNREAD"
+    assert world.core.runs.refusals.counts["RESOURCE_EXHAUSTED", "REPLIES_UNREAD"] == 1
+    after = world.request("model_statistics")["model_stats"][0]
+    assert isinstance(world.answer(first), SendResult)
+    for kind in ("success", "queue", "compute_infer"):
+        assert after["inference_stats"][kind]["count"] == 1
+        assert before["inference_stats"][kind]["count"] == 2
+    assert after["inference_stats"]["fail"]["count"] == 1
+    assert after["latency_us"]["count"] == after["inference_count"] == 1
+    assert after["execution_count"] == 2
+    assert world.core.runs.counters["inferences"] == 1
+    kept = Unsent((b"gone", b""), 9, job.instance, job.arrived_s, error)  # a kept answer, counted as nothing
+    world.send(kept)
+    assert world.request("model_statistics")["model_stats"][0]["inference_stats"]["fail"]["count"] == 2
+    world.send(Unsent((b"gone", b""), 9, 999, job.arrived_s, error))  # its instance is gone
+
+
 def test_status_tells_everything_and_can_be_sent() -> None:
     """Every part of it is plain data, at each stage of a model's life."""
-    from edged.wire import encode
-
     world = World(verdicts={CPU: "ok", CUDA: "driver_error"})
     world.load_faults["bad-1"] = "MODEL_INVALID"
     for name in ("m", "bad"):

@@ -666,6 +666,27 @@ def test_infer_reads_npy_and_writes_npz(
         assert saved["y"].tolist() == (np.arange(8).reshape(2, 4) * 2).tolist()
 
 
+def test_infer_writes_no_npz_that_cuts_a_string(
+    peer: Peer, tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """numpy takes the zero bytes off a string's end: such an output is named, and the others are written."""
+
+    def strings(_header: dict[str, Any], _frames: list[Any]) -> dict[str, Any]:
+        outputs = []
+        for name, items in (("whole", [b"a", b"\0b"]), ("padded", [b"a\0", b"b"])):
+            raw = b"".join(len(item).to_bytes(4, "little") + item for item in items)
+            outputs.append({"name": name, "datatype": "BYTES", "shape": [2], "data": raw})
+        return {"model_name": "m", "model_version": "1", "outputs": outputs, "parameters": {}}
+
+    peer.replies["model_infer"] = strings
+    path = tmp_path / "out.npz"
+    assert edgectl.main(["infer", "m", "-i", "x=[1, 2, 3, 4]", "--npz", str(path)]) == 1
+    assert "zero bytes: padded; --json has them" in capsys.readouterr().err
+    with np.load(path, allow_pickle=False) as saved:
+        assert saved.files == ["whole"]
+        assert saved["whole"].tolist() == [b"a", b"\0b"]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [

@@ -76,6 +76,22 @@ def test_a_peer_is_known_by_the_kernels_word(lanes: Lanes, stack: contextlib.Exi
     assert idle(lanes)
 
 
+def test_what_is_written_into_memory_that_went_out(lanes: Lanes, stack: contextlib.ExitStack) -> None:
+    """Its holder sees it; nothing is written beyond the end, whoever asks for it."""
+    peer, connection = opened(lanes, stack)
+    lanes.grant(connection, b"yours", 7, 1 << 20)
+    _, (fd,), _, _ = socket.recv_fds(peer, 100, 1)
+    stack.callback(os.close, fd)
+    lanes.write(7, 5, b"")
+    lanes.write(7, 4096, b"abc" * 100_000)
+    with mmap.mmap(fd, 1 << 20) as memory:
+        assert memory[4096 : 4096 + 300_000] == b"abc" * 100_000
+        assert not any(memory[:4096])
+    with pytest.raises(OSError, match="permitted"):
+        lanes.write(7, (1 << 20) - 1, b"ab")
+    assert os.fstat(fd).st_size == 1 << 20
+
+
 def test_memory_goes_out_sealed_and_shared(lanes: Lanes, stack: contextlib.ExitStack) -> None:
     """Neither side can change its size, so that neither can make the other's reads fault."""
     peer, connection = opened(lanes, stack)

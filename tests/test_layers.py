@@ -28,6 +28,7 @@ PURE += (
     "resources",
     "regions",
     "happenings",
+    "properties",
     "families",
     "reloading",
     "setups",
@@ -40,7 +41,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     frozenset(f"edged.{name}" for name in layer.split())
     for layer in (
         "errors version families",
-        "tensors messages units",
+        "tensors messages units properties",
         "wire config resources estimate statistics regions",
         "cache",
         "scheduler happenings",

@@ -12,7 +12,15 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.backend.test.case.node import collect_testcases
 
-from edged.runtimes.onnx_graph import DATATYPES, Constant, Graph, read_graph, steady_inputs, unranked
+from edged.runtimes.onnx_graph import (
+    DATATYPES,
+    Constant,
+    Graph,
+    metadata,
+    read_graph,
+    steady_inputs,
+    unranked,
+)
 from tests import zoo
 
 
@@ -186,6 +194,21 @@ def test_a_broken_file_is_a_value_error_and_nothing_else(tmp_path: Path) -> None
                 read_graph(str(zoo.write(tmp_path / "m.onnx", bent)))
             except ValueError:
                 continue
+
+
+def test_metadata_of_a_file_that_cannot_be_walked(tmp_path: Path) -> None:
+    """Every truncation and every flipped byte gives texts, never an exception."""
+    whole = zoo.saying({"labels": "cat"}, version=-1).SerializeToString()
+    path = tmp_path / "m.onnx"
+    fields, own = metadata(str(zoo.write(path, whole)))
+    assert own == {"labels": "cat"}
+    assert "version" not in fields  # ONNX Runtime does not tell of a negative one either
+    for length in range(1, len(whole)):
+        metadata(str(zoo.write(path, whole[:length])))
+    for at in range(len(whole)):
+        metadata(str(zoo.write(path, whole[:at] + b"\xff" + whole[at + 1 :])))
+    latin = whole.replace(b"cat", b"c\xe4t")
+    assert metadata(str(zoo.write(path, latin)))[1] == {"labels": r"c\xe4t"}
 
 
 def test_a_free_rank_is_told_from_a_scalar(tmp_path: Path) -> None:

@@ -317,6 +317,7 @@ _INFO = {
     "precision": "f32",
     "instances": 1,
     "batch": _BATCH,
+    "metadata": msgpack.packb({"labels": "cat, dog"}),
 }
 
 _MEASURED = {
@@ -357,6 +358,20 @@ _MEASURED = {
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "max": 0}}]),
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "times_us": [[1, float("nan")]]}}]),
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "times_us": [[1, 5]] * 65}}]),
+        ("control", ["loaded", 1, {k: v for k, v in _INFO.items() if k != "metadata"}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata": {"labels": "cat"}}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata": msgpack.packb({"labels": 7})}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata": msgpack.packb(["labels"])}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata": b"\x81\xa1\xff\xa0"}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata": b"\xdf\xff\xff\xff\xff"}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata": _INFO["metadata"] + b"\x80"}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata_excess": [5, "labels"]}]),
+        ("control", ["loaded", 1, {**_INFO, "metadata_excess": ["many", []]}]),
+        ("control", ["part"]),
+        ("control", ["part", 2, b"of no load of ours"]),
+        ("control", ["part", [], b"x"]),
+        ("control", ["part", 1, "text"]),
+        ("control", ["whole", 1]),
         ("control", ["load_failed", 1]),
         ("control", ["load_failed", 1, 2, 3, 4]),
         ("control", ["measured"]),
@@ -382,6 +397,68 @@ def test_what_no_worker_says_ends_it(socket: str, said: list[object] | bytes) ->
         with pytest.raises(WorkerGone):
             worker.recv_data() if socket == "data" else worker.recv_control()
     worker.close()
+
+
+def in_parts(packet: object, size: int, instance: int = 1) -> list[list[object]]:
+    """A packet as a worker sends one that is too large."""
+    raw = packet if isinstance(packet, bytes) else msgpack.packb(packet)
+    return [["part", instance, raw[at : at + size]] for at in range(0, len(raw), size)]
+
+
+def hears(words: list[list[object]]) -> list[list[object]]:
+    """What the supervisor hears of a worker that was told to load 1 and 2 and says all this."""
+    worker, data, control = process._pair("fake", WorkerLimits(None, 1 << 20), 2)
+    heard: list[list[object]] = []
+    try:
+        with data, control:
+            for instance in (1, 2):
+                worker.send_control(["load", instance, {}])
+            for word in words:
+                control.send(msgpack.packb(word))
+                heard += worker.recv_control()
+    finally:
+        worker.close()
+    return heard
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 200_000])
+def test_an_answer_in_parts_is_one_answer(size: int) -> None:
+    """However it was cut, and with other words in between."""
+    metadata = msgpack.packb(
+        {"character": "\n".join(chr(0x4E00 + n % 20_000) for n in range(min(40 * size, 200_000)))}
+    )
+    loaded = ["loaded", 1, {**_INFO, "metadata": metadata}]
+    assert hears([*in_parts(loaded, size)[:-1], ["proving", 2]]) == [["proving", 2]]
+    assert hears([*in_parts(loaded, size), ["proving", 2], ["whole", 1]]) == [["proving", 2], loaded]
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        [*in_parts(["loaded", 1, _INFO], 50)[:-1], ["whole", 1]],
+        [*in_parts(["loaded", 1, _INFO], 50), ["whole", 2]],
+        [*in_parts(["loaded", 2, _INFO], 50), ["whole", 1]],
+        [*in_parts(["loaded", 1, _INFO], 50), ["part", 2, b"\x80"], ["whole", 1]],
+        [*in_parts(["loaded", 1, {**_INFO, "instances": 0}], 50), ["whole", 1]],
+        [*in_parts(["hello", 1], 50), ["whole", 1]],
+        [*in_parts(b"\xc1", 50), ["whole", 1]],
+        [*in_parts(b"\x91" * 5000, 5000), ["whole", 1]],
+        [*in_parts(["loaded", 1, _INFO], 50), ["whole", 1], ["whole", 1]],
+        [*in_parts(["loaded", 1, _INFO], 50), ["whole", 1], ["part", 1, b"x"]],
+    ],
+)
+def test_parts_that_are_no_answer_end_the_worker(words: list[list[object]]) -> None:
+    """Left out, mixed up, of another load, twice, or of something else."""
+    with pytest.raises(WorkerGone, match="it sent what no worker sends"):
+        hears(words)
+
+
+def test_an_answer_has_a_bound_before_it_is_looked_at() -> None:
+    """So many bytes are kept, and not one more."""
+    parts = in_parts(bytes(process.LOADED_BYTES_MAX), 1 << 17)
+    assert hears(list(parts)) == []
+    with pytest.raises(WorkerGone, match="more than 4194304 bytes"):
+        hears([*parts, ["part", 1, b"x"]])
 
 
 def test_a_worker_speaks_of_its_own_only() -> None:

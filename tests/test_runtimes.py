@@ -13,9 +13,11 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edged.errors import Code
+from edged.properties import parted
 from edged.runtimes.base import LoadCancel, LoadFailed, LoadRequest, RunFailed, clean_text, create_runtime
 from edged.runtimes.tiny import run_tiny_model, tiny_model
 from edged.testing import check_runtime, write_fake_model
+from tests import zoo
 
 _ONNX_TYPES = {
     "BOOL": TensorProto.BOOL,
@@ -67,6 +69,41 @@ def echo(tmp_path: Path) -> Callable[[str, Sequence[int]], Path]:
 def load(runtime: str, path: Path, **settings: Any) -> Any:
     """A model on the CPU."""
     return create_runtime(runtime).load(LoadRequest(path=str(path), **settings), LoadCancel())
+
+
+ALPHABET = "\n".join(chr(0x4E00 + n) for n in range(13_245))
+
+
+@pytest.mark.parametrize("version", [0, 7, None])
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+def test_metadata_is_the_files_whatever_runs_it(tmp_path: Path, runtime: str, version: int | None) -> None:
+    """A change of runtime must not change what an app reads; keys may be called like a model's own fields."""
+    said = {"character": ALPHABET, "version": "8.1", "description": "own", "empty": "", "": "no key"}
+    model = zoo.saying(said, version=version)
+    path = zoo.write(tmp_path / "m.onnx", model)
+    fields, own = parted(load(runtime, path).metadata)
+    assert own == said
+    assert fields == {
+        "producer_name": model.producer_name,
+        "graph_name": model.graph.name,
+        "domain": model.domain,
+        "description": model.doc_string,
+        "graph_description": model.graph.doc_string,
+        "version": "" if version is None else str(version),
+    }
+
+
+def test_an_irs_metadata_is_told_with_what_lies_in_maps(tmp_path: Path) -> None:
+    """Labels stand in a map of their own there; each value under its path."""
+    import openvino as ov
+
+    model = ov.Core().read_model(tiny_model())
+    model.set_rt_info(ALPHABET, ["model_info", "labels"])
+    model.set_rt_info("yes", ["flat"])
+    ov.save_model(model, tmp_path / "m.xml")
+    metadata = load("openvino", tmp_path / "m.xml", format="openvino_ir").metadata
+    assert metadata["model_info.labels"] == ALPHABET
+    assert metadata["flat"] == "yes"
 
 
 def test_fake_conforms(tmp_path: Path) -> None:

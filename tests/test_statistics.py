@@ -80,6 +80,24 @@ def test_the_wire_form_is_that_of_the_extension() -> None:
     assert 8750 <= wire["latency_us"]["p50"] <= 10_000
 
 
+@given(st.lists(st.integers(0, 2**30), min_size=1, max_size=20), st.data())
+def test_what_was_not_sent_was_never_a_success(latencies_us: list[int], data: st.DataObject) -> None:
+    """Taking one back leaves what would be there without it."""
+    unsent = data.draw(st.integers(0, len(latencies_us) - 1))
+
+    def counted(which: list[int]) -> ModelStatistics:
+        stats = ModelStatistics()
+        for us in which:
+            stats.success(rows=2, queue_ns=us, compute_ns=7, total_ns=1000 * us, epoch_ms=0)
+        return stats
+
+    taken_back = counted(latencies_us)
+    us = latencies_us[unsent]
+    taken_back.unsent(rows=2, queue_ns=us, compute_ns=7, total_ns=1000 * us)
+    without = counted(latencies_us[:unsent] + latencies_us[unsent + 1 :])
+    assert taken_back.to_wire("m", "1") == without.to_wire("m", "1")
+
+
 def test_rows_and_runs_are_counted_apart() -> None:
     """Inferences are rows, executions are runs; sizes beyond a bound are counted as the next power of two."""
     stats = ModelStatistics()

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edged.errors import EdgedError, InvalidArgument
+from edged.errors import EdgedError, InvalidArgument, ResourceExhausted
 from edged.messages import METHODS, InputTensor, OutputRef, RegionPart, RegionReference, Request
 from edged.tensors import DATATYPES
 from edged.wire import (
@@ -21,13 +21,13 @@ from edged.wire import (
     LANE_PACKET_BYTES_MAX,
     WireError,
     WireLimits,
+    check_lane_reply,
     cut,
     decode_lane_request,
     decode_request,
     encode,
     encode_infer_reply,
     input_data,
-    lane_packet,
     leased_input,
     region_reference,
     timing_parameters,
@@ -554,23 +554,38 @@ def test_any_packet_is_a_request_or_a_wire_error(data: st.DataObject) -> None:
         assert METHODS[request.method] != "admin"
 
 
+def test_what_was_ignored_is_told_or_counted() -> None:
+    """A reply's warnings are few, and say how many more there would be."""
+    for count, told in ((16, 16), (17, 16), (1000, 16)):
+        request = decode({**INFER, "parameters": {f"odd{n}": 1 for n in range(count)}})
+        warnings = unknown_parameters(request)
+        assert len(warnings) == told
+        assert warnings[0] == "parameter 'odd0' was ignored"
+        assert warnings[-1] == (
+            "parameter 'odd15' was ignored" if count == 16 else f"{count - 15} more were ignored"
+        )
+
+
 def test_a_reply_that_is_one_packet() -> None:
     """All that fits is inline, larger than over ZeroMQ; what does not is an error that says what to do."""
 
     def reply(*sizes: int) -> Any:
         outputs = [(f"y{at}", "UINT8", [size], bytes(size)) for at, size in enumerate(sizes)]
         frames = encode_infer_reply(4, "m", "1", outputs, {}, in_one=True)
-        packet = lane_packet(frames, 4)
+        check_lane_reply(frames)
+        (packet,) = frames
         assert len(packet) <= LANE_PACKET_BYTES_MAX
         return msgpack.unpackb(packet)
 
     assert [len(tensor["data"]) for tensor in reply(1, 60_000, 5_000)["outputs"]] == [1, 60_000, 5_000]
     for sizes in ((65_500,), (65_536,), (70_000,), (40_000, 40_000), (1, 1 << 20)):
-        answer = reply(*sizes)
-        assert answer["id"] == 4
-        assert answer["error"]["reason"] == "REPLY_TOO_LARGE"
-    index = encode({"id": 4, "models": ["x" * 70_000]})
-    assert msgpack.unpackb(lane_packet([index], 4))["error"]["code"] == "RESOURCE_EXHAUSTED"
+        with pytest.raises(ResourceExhausted, match=r"edged\.sock") as refused:
+            reply(*sizes)
+        assert refused.value.reason == "REPLY_TOO_LARGE"
+    overhead = len(encode({"id": 4, "models": bytes(60_000)})) - 60_000
+    check_lane_reply([encode({"id": 4, "models": bytes(LANE_PACKET_BYTES_MAX - overhead)})])
+    with pytest.raises(ResourceExhausted):
+        check_lane_reply([encode({"id": 4, "models": bytes(LANE_PACKET_BYTES_MAX - overhead + 1)})])
 
 
 # ---- anything at all ------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import mmap
 import os
+import socket
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,8 +17,10 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from edged import arrays
+from edged.arena import Arena
 from edged.process import Spawner, WorkerGone
-from edged.runner import LARGE_FORGOTTEN_RUNS
+from edged.properties import METADATA_BYTES_MAX
+from edged.runner import LARGE_FORGOTTEN_RUNS, LARGE_REPLY_BYTES_MAX, Runner
 from edged.testing import write_fake_model
 from tests.test_runtimes import long_model, save, value, zipmap_model
 from tests.worker_helpers import WAIT_S, Handle
@@ -107,6 +110,42 @@ def test_reply_too_large_for_a_packet(worker: Handle, tmp_path: Path) -> None:
     outputs = worker.infer({"x": np.zeros((5000, 3), np.float32)})
     assert len(outputs["probabilities"][1]) == 5000
     assert outputs["label"].shape == (5000,)
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_bound_of_sequences_and_maps_is_exact(beyond: int) -> None:
+    """Up to it they go by way of the slot, beyond it the error says how to ask; the supervisor reads them."""
+    size = LARGE_REPLY_BYTES_MAX + beyond
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours, theirs, Arena(1, bytes_max=1 << 26) as arena:
+        runner = Runner(theirs)
+        runner.add_slot(0, os.dup(arena.fd(0)))
+        reply = ["done", 3, 0, [["s", "SEQUENCE", None, None, None, b""]], 5]
+        overhead = len(msgpack.packb(reply)) + 3  # the length of so many bytes takes five, of none two
+        reply[3] = [["s", "SEQUENCE", None, None, None, bytes(size - overhead)]]
+        raw = msgpack.packb(reply)
+        assert len(raw) == size
+        answer = runner._large_reply(reply, raw, [["x", "FP32", [1], 0, 4]])
+        if beyond > 0:
+            assert answer[:5] == ["failed", 3, 0, "RESOURCE_EXHAUSTED", "OUTPUT_TOO_LARGE"]
+            assert str(LARGE_REPLY_BYTES_MAX) in answer[5]
+        else:
+            assert answer == ["done_large", 3, 0, 64, size]
+            assert bytes(arena.read(0, 64, size)) == raw
+
+
+def test_an_error_with_the_longest_names_is_answered(worker: Handle, tmp_path: Path) -> None:
+    """What an error repeats of a model may be more than a packet holds: it is for people, and cut."""
+    name = "n" * 160_000
+    node = helper.make_node("Identity", [name], ["y"])
+    texts = TensorProto.STRING
+    path = save(tmp_path / "m.onnx", [node], [value(name, [1], texts)], [value("y", [1], texts)])
+    assert worker.load(path, warmup=0, max_batch_size=1)[0] == "loaded"
+    worker.send({name: np.array([b"\xff"], object)})
+    failed = worker.answer()
+    assert failed[3:5] == ["INVALID_ARGUMENT", "BAD_BYTES"]
+    assert failed[5] == f"input '{name}"[:2000] + "…"
+    assert worker.infer({name: np.array([b"good"], object)})["y"].tolist() == [b"good"]
 
 
 def test_only_the_outputs_that_were_asked_for(worker: Handle, tmp_path: Path) -> None:
@@ -204,14 +243,57 @@ def test_load_while_another_model_runs(fake: Handle, tmp_path: Path) -> None:
     fake.control("load_failed")
 
 
-def test_a_model_that_says_too_much_of_itself_is_refused_at_once(worker: Handle, tmp_path: Path) -> None:
-    """What does not fit into a packet is a refusal in words, not a load that runs out of time."""
-    chatty = onnx.load(identity(tmp_path))
-    helper.set_model_props(chatty, {f"key{n}": "x" * 4096 for n in range(100)})
-    onnx.save(chatty, tmp_path / "chatty.onnx")
-    failed = worker.load(tmp_path / "chatty.onnx")
-    assert (failed[0], failed[3]) == ("load_failed", "MODEL_UNSUPPORTED")
-    assert worker.load(identity(tmp_path), instance=2)[0] == "loaded"
+def saying(path: Path, metadata: dict[str, str]) -> Path:
+    """A model with metadata of its own, and without any other."""
+    model = onnx.load(identity(path))
+    model.graph.name = ""
+    helper.set_model_props(model, metadata)
+    onnx.save(model, path / "saying.onnx")
+    return path / "saying.onnx"
+
+
+@pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("count", [10, 13_245, 300_000])
+def test_metadata_comes_whole(spawner: Spawner, tmp_path: Path, runtime: str, count: int) -> None:
+    """An alphabet in one value, to its last character, by whatever runtime."""
+    alphabet = "\n".join(chr(0x4E00 + n % 20_000) for n in range(count))
+    metadata = {"character": alphabet, "": "no key", "empty": ""}
+    with Handle(spawner, runtime) as worker:
+        answer = worker.load(saying(tmp_path, metadata))
+        if len(alphabet.encode()) > METADATA_BYTES_MAX:
+            excess = answer[2]["metadata_excess"]
+            assert excess == [len("characterno keyempty") + len(alphabet.encode()), ["character"]]
+        else:
+            assert msgpack.unpackb(answer[2]["metadata"]) == metadata
+        np.testing.assert_array_equal(worker.infer({"x": X.ravel()})["y"], X.ravel())
+
+
+@pytest.mark.parametrize("beyond", [-1, 0, 1])
+def test_the_bound_of_metadata_is_exact(worker: Handle, tmp_path: Path, beyond: int) -> None:
+    """Its bytes as UTF-8, keys and values; one more and nothing is told but that, and the model serves."""
+    size = METADATA_BYTES_MAX - 6 - 6 + beyond
+    metadata = {"first": "x" * (size // 2), "second": "y" * (size - size // 2), "k": ""}
+    answer = worker.load(saying(tmp_path, metadata))
+    assert answer[0] == "loaded"
+    if beyond > 0:
+        assert answer[2]["metadata_excess"] == [METADATA_BYTES_MAX + 1, ["second"]]
+    else:
+        assert msgpack.unpackb(answer[2]["metadata"]) == metadata
+
+
+def test_more_names_than_are_told_are_refused_in_words(worker: Handle, tmp_path: Path) -> None:
+    """Names and shapes have a bound of their own: some hundred KB serve, a megabyte and more do not."""
+    for count, told in ((1000, "loaded"), (6000, "load_failed")):
+        names = [f"{n}-{'n' * 150}" for n in range(count)]
+        nodes = [helper.make_node("Identity", ["x"], [name]) for name in names]
+        path = save(tmp_path / "m.onnx", nodes, [value("x", [-1])], [value(name, [-1]) for name in names])
+        answer = worker.load(path, instance=count, warmup=0, max_batch_size=1)
+        assert answer[0] == told
+        if told == "loaded":
+            assert [spec["name"] for spec in answer[2]["outputs"]] == names
+        else:
+            assert answer[3] == "MODEL_UNSUPPORTED"
+            assert "the limit is 1048576" in answer[4]
 
 
 @pytest.mark.parametrize("runtime", ["onnxruntime", "openvino"])

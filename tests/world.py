@@ -15,6 +15,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from edged.cache import Answer
 from edged.catalog import CATALOG, OF_A_MODEL
 from edged.config import Config, LimitsConfig, ModelSettings, ServerConfig
@@ -685,7 +687,7 @@ def info_of(spec: dict[str, Any], *, batch_max: int = 1, instances: int = 1) -> 
         "batch": {"max": batch_max, "times_us": [], "why": ""},
         "inputs": [{"name": "x", "datatype": "FP32", "shape": [-1]}],
         "outputs": [{"name": "y", "datatype": "FP32", "shape": [-1]}],
-        "metadata": {"author": "nobody"},
+        "metadata": msgspec.msgpack.encode({"author": "nobody"}),
         "device": spec["device"],
         "runtime": spec["runtime"],
         "runtime_version": "1.0",

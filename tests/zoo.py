@@ -302,6 +302,25 @@ def failing() -> onnx.ModelProto:
     )
 
 
+def expand(datatype: str = "FP32") -> onnx.ModelProto:
+    """`x` [1] and `count` INT64 [1] → `y`, so many times `x`: an answer as large as one asks for."""
+    return _model(
+        [helper.make_node("Tile", ["x", "count"], ["y"])],
+        [_value("x", datatype, [1]), _value("count", "INT64", [1])],
+        [_value("y", datatype, ["N"])],
+    )
+
+
+def saying(metadata: Mapping[str, str], *, version: int | None = 7) -> onnx.ModelProto:
+    """An identity with metadata of its own, and with every field of a model file."""
+    model = identity()
+    helper.set_model_props(model, dict(metadata))
+    model.domain, model.doc_string, model.graph.doc_string = "zoo.edged", "what it is", "what its graph is"
+    if version is not None:
+        model.model_version = version
+    return model
+
+
 def top_k(count: int) -> onnx.ModelProto:
     """`x` FP32 [N] → the `count` largest as `y` FP32 [count], with their places `i` INT64 [count]."""
     return _model(

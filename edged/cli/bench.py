@@ -63,7 +63,7 @@ class Samples:
 def bench(session: Session, args: argparse.Namespace) -> int:
     """Measures, and says what came out."""
     _check(args)
-    metadata = session.client.model_metadata(args.model, args.version)
+    metadata = session.client.model_metadata(args.model, args.version, properties=False)
     specs = model_specs(metadata)
     try:
         if args.input:

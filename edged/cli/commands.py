@@ -344,7 +344,7 @@ def model_specs(metadata: Mapping[str, Any]) -> list[TensorSpec]:
 
 def infer(session: Session, args: argparse.Namespace) -> int:
     """One request, its inputs from the command line and files, its answer as text, JSON or .npz."""
-    metadata = session.client.model_metadata(args.model, args.version)
+    metadata = session.client.model_metadata(args.model, args.version, properties=False)
     try:
         inputs = read_inputs(
             args.input, model_specs(metadata), image_scale=args.image_scale, note=session.note
@@ -431,7 +431,10 @@ def _largest(value: np.ndarray[Any, Any]) -> str | None:
 
 
 def _save(session: Session, path: Path, outputs: Mapping[str, Any]) -> int:
-    """Writes the tensors to `path`; what is no tensor an .npz can not hold without pickle, so it is named."""
+    """Writes the tensors to `path`; what an .npz cannot hold is named.
+
+    Without pickle that is what is no tensor, and strings that end in zero bytes: numpy takes those off.
+    """
     plain: dict[str, Any] = {}
     left_out = []
     for name, value in outputs.items():
@@ -439,6 +442,9 @@ def _save(session: Session, path: Path, outputs: Mapping[str, Any]) -> int:
             plain[name] = value
         elif isinstance(value, np.ndarray):
             texts = [v if isinstance(v, bytes) else str(v).encode() for v in value.reshape(-1)]
+            if any(text.endswith(b"\0") for text in texts):
+                left_out.append(name)
+                continue
             plain[name] = np.array(texts, dtype="S").reshape(value.shape)
         else:
             left_out.append(name)
@@ -450,6 +456,9 @@ def _save(session: Session, path: Path, outputs: Mapping[str, Any]) -> int:
     except OSError as e:
         raise Failure(f"{path} could not be written: {e.strerror}") from None
     if left_out:
-        session.note(f"not in {path}, since they are no tensors: {', '.join(left_out)}; --json has them")
+        session.note(
+            f"not in {path}, since they are no tensors, or strings that end in zero bytes: "
+            f"{', '.join(left_out)}; --json has them"
+        )
         return EXIT_FAILED
     return EXIT_OK

@@ -32,7 +32,8 @@ TEMPORARY_MAX_S = 3600.0
 """The age of what a process that ended in the middle left behind; no load takes so long."""
 
 _CHUNK_BYTES = 1 << 20
-_NOTE_BYTES_MAX = 1 << 20
+_NOTE_BYTES_MAX = 8 << 20
+"""Room for a model's metadata at its bound, a mebibyte, of which JSON may make six."""
 
 
 def key_of(parts: Mapping[str, Any]) -> str:
@@ -121,6 +122,9 @@ class Kept:
                 text = json.dumps({"sha256": _sha256(fd), "bytes": os.fstat(fd).st_size, "note": note})
             finally:
                 os.close(fd)
+            if len(text) > _NOTE_BYTES_MAX:  # it would be no entry when it is read
+                temporary.unlink()
+                return
             beside = temporary.with_name(f"{temporary.name}.json")
             beside.touch(mode=0o600)
             beside.write_text(text)

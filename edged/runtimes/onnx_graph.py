@@ -5,9 +5,9 @@ loaded. So this reads the file's protobuf form itself (onnx.proto, IR version 3 
 attributes and subgraphs, the small constants, declared shapes. Large weights are skipped by their length: a
 file of a gigabyte costs as much as its nodes.
 
-It also answers two questions that need nothing more: which inputs may be read while somebody else writes to
-them (`steady_inputs`), and which tensors have no declared rank (`unranked`), which ONNX Runtime's Python
-interface shows like scalars.
+It also answers what needs nothing more: which inputs may be read while somebody else writes to them
+(`steady_inputs`); which tensors have no declared rank (`unranked`), since ONNX Runtime's Python interface
+shows those like scalars; and what the file says of itself (`metadata`), for a runtime that does not tell it.
 
 A file that cannot be read so raises ValueError: the runtime may have taken it, but nothing is known about it.
 Owns the reading; what follows from a graph is decided elsewhere. Runs on Python 3.10 too.
@@ -17,14 +17,24 @@ from __future__ import annotations
 
 import mmap
 import struct
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 
-__all__ = ["Constant", "Graph", "Node", "ValueInfo", "read_graph", "seen_by", "steady_inputs", "unranked"]
+__all__ = [
+    "Constant",
+    "Graph",
+    "Node",
+    "ValueInfo",
+    "metadata",
+    "read_graph",
+    "seen_by",
+    "steady_inputs",
+    "unranked",
+]
 
 VALUES_MAX = 4096
 """Elements of a constant whose values are kept: sizes and axes have a few, weights have more."""
@@ -159,6 +169,21 @@ def read_graph(path: str) -> Graph:
 
     Raises ValueError for what is no such file or is beyond the bounds above, OSError where it cannot be read.
     """
+    return _read(path, _Reader.model)
+
+
+def metadata(path: str) -> tuple[dict[str, str], dict[str, str]]:
+    """The file's fields and its own metadata, as ONNX Runtime tells them; empty for an unreadable file."""
+    try:
+        return _read(path, _Reader.metadata)
+    except ValueError:
+        return {}, {}
+
+
+_T = TypeVar("_T")
+
+
+def _read(path: str, what: Callable[[_Reader], _T]) -> _T:
     with Path(path).open("rb") as f:
         try:
             data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
@@ -166,7 +191,7 @@ def read_graph(path: str) -> Graph:
             raise ValueError("the file is empty") from e
         with data:
             try:
-                return _Reader(data).model()
+                return what(_Reader(data))
             except (IndexError, struct.error, UnicodeDecodeError, OverflowError) as e:
                 raise ValueError(f"not a readable ONNX file: {e}") from e
 
@@ -177,6 +202,7 @@ _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 """Wire types of protobuf."""
 
 _Span = tuple[int, int]
+_Fields = Mapping[int, "list[tuple[int, int, int]]"]
 
 
 class _Reader:
@@ -285,6 +311,29 @@ class _Reader:
             functions[key] = function
         _check_order(graph)
         return _written_out(graph, functions) if functions else graph
+
+    def metadata(self) -> tuple[dict[str, str], dict[str, str]]:
+        """Producer and the like by ONNX Runtime's names, and the pairs that are the file's own."""
+        fields = self._fields([(0, len(self._data))])
+        graph = self._fields(self._spans(fields.get(7, ())))
+        texts = {name: (fields, at) for at, name in _MODEL_TEXTS}
+        texts |= {name: (graph, at) for at, name in _GRAPH_TEXTS}
+        found = {name: self._any_text(*where) for name, where in texts.items() if where[1] in where[0]}
+        version = self._int(fields[5][-1][1]) if 5 in fields else -1
+        if version >= 0:
+            found["version"] = str(version)
+        own = {}
+        for span in self._spans(fields.get(14, ())):
+            entry = self._fields([span])
+            own[self._any_text(entry, 1)] = self._any_text(entry, 2)
+        return found, own
+
+    def _any_text(self, fields: _Fields, number: int) -> str:
+        """A text of which no byte is lost where it is not UTF-8."""
+        if number not in fields:
+            return ""
+        _, a, b = fields[number][-1]
+        return self._data[a:b].decode("utf-8", "backslashreplace")
 
     def _opsets(self, occurrences: Sequence[tuple[int, int, int]]) -> dict[str, int]:
         found = {}
@@ -443,6 +492,10 @@ class _Reader:
 
 _STANDARD = ("", "ai.onnx.ml", "ai.onnx.training", "ai.onnx.preview.training", "com.microsoft")
 """Domains of which a runtime has kernels of its own: with a function of the same name one must guess."""
+
+_MODEL_TEXTS = ((2, "producer_name"), (4, "domain"), (6, "description"))
+_GRAPH_TEXTS = ((2, "graph_name"), (10, "graph_description"))
+"""Fields of ModelProto and GraphProto, and ONNX Runtime's names for them."""
 
 _TYPES = {1: "tensor", 4: "sequence", 5: "map", 9: "optional", 8: "sparse"}
 """The fields of TypeProto."""

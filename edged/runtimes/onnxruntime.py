@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from edged.errors import Code
+from edged.properties import merged
 from edged.runtimes.base import (
     LoadCancel,
     LoadFailed,
@@ -73,7 +74,7 @@ KEEP_FROM_BYTES = 4 << 20
 """Smaller models are optimised in 10 to 30 ms. A ResNet-50 of 100 MB takes 460 ms of a processor and 310
 MB of memory, 90 ms and 160 MB as it was kept, the hash included; keeping it costs the first load 290 ms."""
 
-KEPT_FORM = 1
+KEPT_FORM = 2
 """Counts up when what is kept, or how, changes."""
 
 _READ_KEPT = (
@@ -86,9 +87,6 @@ _READ_KEPT = (
 
 OVERRIDABLE_MAX = 64
 """Initializers shown as optional inputs; a model that has more was exported with its weights as inputs."""
-
-METADATA_CHARS_MAX = 4096
-"""Of one metadata value: some exporters put whole configuration files there."""
 
 _ERRORS_OF_THE_MODEL = (
     ort_errors.InvalidGraph,
@@ -489,17 +487,16 @@ def _spec(arg: Any, kind: str, free: frozenset[str]) -> TensorSpec:
 
 
 def _metadata(meta: Any) -> dict[str, str]:
-    found = {
+    fields = {
         "producer_name": meta.producer_name,
         "graph_name": meta.graph_name,
         "domain": meta.domain,
         "description": meta.description,
         "graph_description": meta.graph_description,
-        **meta.custom_metadata_map,
     }
     if 0 <= meta.version < (1 << 62):  # an unset version is the largest int64
-        found["version"] = str(meta.version)
-    return {k: v[:METADATA_CHARS_MAX] for k, v in found.items() if v}
+        fields["version"] = str(meta.version)
+    return merged(fields, meta.custom_metadata_map)
 
 
 def _decode_strings(name: str, array: Any) -> Any:

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from edged.errors import Code
+from edged.properties import merged
 from edged.runtimes.base import (
     DTYPES,
     LoadCancel,
@@ -36,7 +37,7 @@ from edged.runtimes.base import (
     silence_telemetry,
 )
 from edged.runtimes.compiled import BYTES_MAX, cache_folder, prune
-from edged.runtimes.onnx_graph import Graph, read_graph
+from edged.runtimes.onnx_graph import Graph, metadata, read_graph
 from edged.runtimes.openvino_graph import graph_of
 from edged.tensors import TensorSpec
 
@@ -72,15 +73,20 @@ _WIDE = ("INT64", "UINT64")
 QUICK_RUN_NS = 2_000_000
 """A run this short ends before a cancel could arrive."""
 
-METADATA_CHARS_MAX = 4096
-"""Of one metadata value: an IR holds the whole conversion's arguments."""
-
 
 class _OpenVinoModel:
     """A compiled model with an infer request for each instance; see `base.Model`."""
 
     def __init__(
-        self, model: Any, compiled: Any, *, device: str, precision: str, threads: int, instances: int
+        self,
+        model: Any,
+        compiled: Any,
+        *,
+        metadata: dict[str, str],
+        device: str,
+        precision: str,
+        threads: int,
+        instances: int,
     ) -> None:
         self._compiled = compiled
         self._idle: SimpleQueue[Any] = SimpleQueue()
@@ -99,7 +105,7 @@ class _OpenVinoModel:
         self.inputs = tuple(_spec(port, _input_name(port), "input") for port in model.inputs)
         names_in = {s.name for s in self.inputs}
         self.outputs = tuple(_spec(port, _output_name(port, names_in), "output") for port in model.outputs)
-        self.metadata = _metadata(model)
+        self.metadata = metadata
         self._input_at = {s.name: (at, s.datatype) for at, s in enumerate(self.inputs)}
         self._output_at = {s.name: (at, DTYPES[s.datatype]) for at, s in enumerate(self.outputs)}
         self._wide_inputs = tuple(s.name for s in self.inputs if s.datatype in _WIDE)
@@ -232,6 +238,7 @@ class OpenVino:
         return _OpenVinoModel(
             model,
             compiled,
+            metadata=_metadata(model, request),
             device=request.device,
             precision=_precision(compiled, request),
             threads=request.threads,
@@ -413,11 +420,20 @@ def _spec(port: Any, name: str, kind: str) -> TensorSpec:
     return TensorSpec(name, datatype, tuple(-1 if d.is_dynamic else d.get_length() for d in shape))
 
 
-def _metadata(model: Any) -> dict[str, str]:
-    found = {"graph_name": model.get_friendly_name()}
-    for key, value in model.get_rt_info().items():
-        try:
-            found[str(key)] = str(value.astype(str))
-        except (RuntimeError, AttributeError, TypeError):
-            continue  # a nested map, such as the converter's arguments
-    return {k: v[:METADATA_CHARS_MAX] for k, v in found.items() if v}
+def _metadata(model: Any, request: LoadRequest) -> dict[str, str]:
+    """What the file says of itself. Of an ONNX file OpenVINO keeps only a part: so it is asked itself."""
+    if request.format == "onnx":
+        return merged(*metadata(request.path))
+    return merged({"graph_name": model.get_friendly_name()}, dict(_flat("", model.get_rt_info())))
+
+
+def _flat(prefix: str, info: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """Runtime info by its path: a model's labels stand in a map of their own, as `model_info.labels`."""
+    for key, value in info.items():
+        if isinstance(value, Mapping):
+            yield from _flat(f"{prefix}{key}.", value)
+            continue
+        with contextlib.suppress(
+            RuntimeError, AttributeError, TypeError
+        ):  # no text: of use to OpenVINO alone
+            yield f"{prefix}{key}", str(value.astype(str))
