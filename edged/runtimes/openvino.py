@@ -70,6 +70,9 @@ _WIDE = ("INT64", "UINT64")
 QUICK_RUN_NS = 2_000_000
 """A run this short ends before a cancel could arrive."""
 
+LOOSE_RANK_MAX = 2
+"""Apps feed a scalar as [v] or [[v]]; each further rank would have the model's shapes inferred once more."""
+
 METADATA_CHARS_MAX = 4096
 """Of one metadata value: an IR holds the whole conversion's arguments."""
 
@@ -100,6 +103,7 @@ class _OpenVinoModel:
         self._input_at = {s.name: (at, s.datatype) for at, s in enumerate(self.inputs)}
         self._output_at = {s.name: (at, DTYPES[s.datatype]) for at, s in enumerate(self.outputs)}
         self._wide_inputs = tuple(s.name for s in self.inputs if s.datatype in _WIDE)
+        self._loose_scalars = _loose_scalars(model, self.inputs)
 
     def run(
         self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
@@ -127,6 +131,8 @@ class _OpenVinoModel:
         try:
             for name, array in feeds.items():
                 at, datatype = self._input_at[name]
+                if array.ndim in self._loose_scalars.get(name, ()) and array.size == 1:
+                    array = array.reshape(())
                 request.set_input_tensor(at, _tensor(array, datatype))
         except KeyError as e:
             raise RunFailed(Code.INVALID_ARGUMENT, "UNKNOWN_INPUT", f"the model has no input {e}") from None
@@ -374,6 +380,30 @@ def _refuse_wide(name: str, array: Any) -> None:
             f"input '{name}' has an integer beyond 32 bits, which OpenVINO would cut off; "
             'set runtime = "onnxruntime" in the model\'s settings',
         )
+
+
+def _loose_scalars(model: Any, specs: Sequence[TensorSpec]) -> dict[str, frozenset[int]]:
+    """For each scalar input the ranks at which one element is answered as the scalar is.
+
+    ONNX Runtime takes one element of any rank and computes with that rank; a compiled model here takes the
+    declared shape alone. So a rank is taken where it leaves the shapes of all outputs as they are, and is
+    refused where the answer would be another than ONNX Runtime's.
+    """
+    found: dict[str, frozenset[int]] = {}
+    declared = [port.get_partial_shape() for port in model.outputs]
+    for at, spec in enumerate(specs):
+        if spec.shape != ():
+            continue
+        ranks = set()
+        for rank in range(1, LOOSE_RANK_MAX + 1):
+            copy = model.clone()
+            # Operators that want a scalar there raise.
+            with contextlib.suppress(RuntimeError):
+                copy.reshape({at: ov.PartialShape([1] * rank)})
+                if [port.get_partial_shape() for port in copy.outputs] == declared:
+                    ranks.add(rank)
+        found[spec.name] = frozenset(ranks)
+    return found
 
 
 def _input_name(port: Any) -> str:
