@@ -239,6 +239,9 @@ class Place(NamedTuple):
         }
 
 
+_NO_NAMES: frozenset[str] = frozenset()
+
+
 class InferResult(Mapping[str, Any]):
     """The outputs of one inference by name, in the model's order, and how they were made.
 
@@ -257,8 +260,7 @@ class InferResult(Mapping[str, Any]):
         model_name: str,
         model_version: str,
         parameters: Mapping[str, Any],
-        *,
-        bf16: frozenset[str] = frozenset(),
+        bf16: frozenset[str] = _NO_NAMES,
     ) -> None:
         self._outputs = outputs
         self._bf16 = bf16
@@ -626,7 +628,7 @@ def read_infer(
             )
         _check_error(header)
     outputs: dict[str, Any] = {}
-    bf16: frozenset[str] = frozenset()
+    bf16 = _NO_NAMES
     try:
         for wire in header["outputs"]:
             datatype = wire["datatype"]
@@ -658,7 +660,7 @@ def read_infer(
             header["model_name"],
             str(header["model_version"]),
             header.get("parameters") or {},
-            bf16=bf16,
+            bf16,
         )
     except _NotText as e:
         raise InvalidArgument(str(e), reason="NOT_UTF8") from None
