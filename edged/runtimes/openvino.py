@@ -6,7 +6,9 @@ bf16 with other answers; `ENABLE_CPU_PINNING=NO`, since two workers that pin sha
 on an infer request of the native API (17 µs for a small MLP, 34 by its dictionary), whose outputs are
 copied, because the request writes the next run's into the same memory; each instance has a request and a
 stream. Only an asynchronous run can be cancelled (between nodes), a synchronous one is 12 µs faster: so the
-latter is for runs known to be short.
+latter is for runs known to be short. After a run of free shapes that failed or was cancelled, a compiled
+model may answer NaN to everybody, or raise, whatever it is asked (2026.4: RapidOCR's recognition after a
+picture that is too small for it, one time in eight): so it is compiled again before it is asked anything else.
 
 Strings are refused: a graph that only passes them through corrupts the heap in OpenVINO 2026.4. A load
 cannot be interrupted from within; whoever must end one ends the worker. Runs on Python 3.10 too.
@@ -16,8 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -81,12 +85,20 @@ class _OpenVinoModel:
     """A compiled model with an infer request for each instance; see `base.Model`."""
 
     def __init__(
-        self, model: Any, compiled: Any, *, device: str, precision: str, threads: int, instances: int
+        self,
+        model: Any,
+        compiled: Any,
+        compile_again: Callable[[], Any],
+        *,
+        device: str,
+        precision: str,
+        threads: int,
+        instances: int,
     ) -> None:
         self._compiled = compiled
-        self._idle: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(instances):
-            self._idle.put(compiled.create_infer_request())
+        self._idle = _requests(compiled, instances)
+        self._compile_again = compile_again if model.is_dynamic() else None
+        self._renewing = threading.Lock()
         self._running: dict[int, Any] = {}
         """The requests of the runs that are going on: by them a run is cancelled."""
         self._cancelled: dict[int, None] = {}
@@ -114,16 +126,39 @@ class _OpenVinoModel:
         for name in self._wide_inputs:
             if name in feeds:
                 _refuse_wide(name, feeds[name])
-        request = self._running[run] = self._idle.get()
+        with self._renewing:
+            idle = self._idle
+        request = self._running[run] = idle.get()
+        failed: RunFailed | None = None
         try:
             return self._run(request, feeds, output_names, run)
+        except _Spoiled as e:
+            failed = e.failed
         finally:
             del self._running[run]
             if self._cancelled:
                 self._cancelled.pop(run, None)
-            if borrowed:
-                self._forget_inputs(request)
-            self._idle.put(request)
+            if failed is None or self._compile_again is None:
+                if borrowed:
+                    self._forget_inputs(request)
+                idle.put(request)
+        assert failed is not None, "the run returned, or raised something else"
+        if self._compile_again is not None:
+            del idle, request  # with the last of them goes the memory that compiling needs
+            failed = self._renewed(self._compile_again, failed)
+        raise failed
+
+    def _renewed(self, compile_again: Callable[[], Any], failed: RunFailed) -> RunFailed:
+        """Compiles anew while new runs wait. What is to be raised: fatal if there is no model any more."""
+        with self._renewing:
+            self._compiled, self._idle = None, SimpleQueue()
+            try:
+                self._compiled = compile_again()
+                self._idle = _requests(self._compiled, self.instances)
+            except Exception as e:  # noqa: BLE001 - of whatever kind, this process serves the model no more
+                text = f"{failed.message} (and the model could not be compiled again: {clean_text(e)})"
+                return RunFailed(Code(failed.code), failed.reason, text, fatal=True)
+        return failed
 
     def _run(
         self, request: Any, feeds: Mapping[str, Any], output_names: Sequence[str], run: int
@@ -142,7 +177,7 @@ class _OpenVinoModel:
             self._infer(request, sum([array.nbytes for array in feeds.values()]))
             return [self._output(request, name) for name in output_names]
         except Exception as e:
-            raise self._run_failed(e, run) from e
+            raise _Spoiled(self._run_failed(e, run)) from None
 
     def _forget_inputs(self, request: Any) -> None:
         # The request keeps the last tensors, and with them the memory under them.
@@ -201,6 +236,22 @@ class _OpenVinoModel:
         return RunFailed(Code.INTERNAL, "RUNTIME_ERROR", text)
 
 
+class _Spoiled(Exception):
+    """A run began and did not end well."""
+
+    def __init__(self, failed: RunFailed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+def _requests(compiled: Any, count: int) -> SimpleQueue[Any]:
+    """Infer requests that no run uses."""
+    idle: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(count):
+        idle.put(compiled.create_infer_request())
+    return idle
+
+
 class OpenVino:
     """See `base.Runtime`."""
 
@@ -232,6 +283,7 @@ class OpenVino:
         return _OpenVinoModel(
             model,
             compiled,
+            partial(_compile, request),
             device=request.device,
             precision=_precision(compiled, request),
             threads=request.threads,
@@ -272,6 +324,11 @@ def _read(core: Any, request: LoadRequest) -> Any:
     # The frontend by name: read_model would offer a broken file to every parser that it has.
     frontend = FrontEndManager().load_by_framework("onnx")
     return frontend.convert(frontend.load(request.path))
+
+
+def _compile(request: LoadRequest) -> Any:
+    core = ov.Core()
+    return core.compile_model(_read(core, request), request.device, _properties(request))
 
 
 def _properties(request: LoadRequest) -> dict[str, Any]:

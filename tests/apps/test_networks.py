@@ -18,6 +18,7 @@ import pytest
 from PIL import Image, ImageDraw, ImageFont
 
 from edged import Client, InferenceSession
+from edged.runtimes.base import LoadCancel, LoadRequest, RunFailed, create_runtime
 from tests.apps.swap import run_program
 from tests.apps.wheels import MAGIKA, RAPIDOCR, silero_network
 from tests.e2e.harness import ROOT, WAIT_S, Daemon, running_daemon
@@ -214,6 +215,22 @@ def test_rapidocr_s_other_networks_answer_the_same(
     page[: len(shown), : shown.shape[1]] = shown
     (answer,) = _assert_same(served, name, {"x": _network_input(page)})
     assert answer.max() > 0.5 > answer.min()
+
+
+def test_a_request_that_fails_leaves_openvino_s_answers_as_they_were() -> None:
+    """Pictures too small for the network: OpenVINO would answer NaN to everybody after some of them."""
+    path = RAPIDOCR.network("ch_PP-OCRv4_rec_infer")
+    model = create_runtime("openvino").load(LoadRequest(str(path), threads=2), LoadCancel())
+    names = [spec.name for spec in model.outputs]
+    feeds = {"x": np.random.default_rng(0).uniform(-1, 1, (1, 3, 48, 64)).astype(np.float32)}
+    (before,) = model.run(feeds, names)
+    assert np.isfinite(before).all()
+    for number in range(20):
+        with pytest.raises(RunFailed) as caught:
+            model.run({"x": np.ones((1, 3, 1 + number % 2 * 31, 1 + number % 2 * 63), np.float32)}, names)
+        assert not caught.value.fatal
+        np.testing.assert_array_equal(model.run(feeds, names)[0], before)
+    model.close()
 
 
 @pytest.mark.parametrize("labels", ["numbers", "words"])
