@@ -212,6 +212,12 @@ class InferenceSession:
         return OrtValue.ortvalue_from_shape_and_type(shape, element_type, device_type, device_id)
 
     def _check_feed(self, input_feed: Mapping[str, Any]) -> None:
+        if not isinstance(input_feed, Mapping):
+            raise InvalidArgument(
+                f"input_feed: expected a dict of names and arrays, got {type(input_feed).__name__}; "
+                "Client.infer takes an array alone",
+                reason="BAD_FEED",
+            )
         missing = [arg.name for arg in self._inputs if arg.name not in input_feed]
         if missing:
             raise ValueError(f"Required inputs ({missing}) are missing from input feed ({list(input_feed)}).")

@@ -1,4 +1,4 @@
-"""Which inputs and outputs of an ONNX file have no declared rank."""
+"""What an ONNX file says that a runtime does not: ranks, names, and inputs that may change in a run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import onnx
 import pytest
 from onnx import TensorProto, helper
 
-from edged.runtimes.onnxfile import steady_inputs, unranked
+from edged.runtimes.onnxfile import dim_names, steady_inputs, unranked
 from tests import zoo
 
 
@@ -22,13 +22,33 @@ def test_a_free_rank_is_told_from_a_scalar(tmp_path: Path) -> None:
     assert unranked(str(zoo.write(tmp_path / "slow.onnx", zoo.slow()))) == frozenset()
 
 
+@pytest.mark.parametrize("shape", [["batch", 3, None, "W"], ["N"], [2, 3], []])
+def test_both_runtimes_call_a_dimension_by_its_name(tmp_path: Path, shape: list[int | str | None]) -> None:
+    """What an app reads in a shape must not depend on which runtime was found the fastest."""
+    from edged.runtimes.base import LoadCancel, LoadRequest, create_runtime
+
+    path = str(zoo.write(tmp_path / "m.onnx", zoo.identity("FP32", shape)))
+    wanted = tuple(dim if isinstance(dim, str) else None for dim in shape)
+    assert dim_names(path) == {"x": wanted, "y": wanted}
+    for runtime in ("onnxruntime", "openvino"):
+        model = create_runtime(runtime).load(LoadRequest(path), LoadCancel())
+        for spec in (*model.inputs, *model.outputs):
+            assert (spec.dim_names, spec.shape) == (
+                wanted,
+                tuple(dim if isinstance(dim, int) else -1 for dim in shape),
+            )
+    assert dim_names(str(zoo.write(tmp_path / "free.onnx", zoo.free_rank()))) == {}
+
+
 def test_a_file_that_cannot_be_walked_says_nothing(tmp_path: Path) -> None:
     """Every truncation and every flipped byte gives a set, never an exception."""
     whole = zoo.free_rank().SerializeToString()
     for length in range(1, len(whole)):
         assert unranked(str(zoo.write(tmp_path / "cut.onnx", whole[:length]))) <= {"x", "y"}
     for at in range(len(whole)):
-        unranked(str(zoo.write(tmp_path / "bent.onnx", whole[:at] + b"\xff" + whole[at + 1 :])))
+        bent = str(zoo.write(tmp_path / "bent.onnx", whole[:at] + b"\xff" + whole[at + 1 :]))
+        unranked(bent)
+        dim_names(bent)
 
 
 @pytest.mark.parametrize("name", ["free", "scalar"])

@@ -334,6 +334,12 @@ def test_a_missing_input_is_the_same_error(endpoint: str, model: bytes, feeds: d
         session.run(None, feeds)
 
 
+def test_a_feed_without_names_is_refused(ours: InferenceSession, feeds: dict[str, Any]) -> None:
+    """As ONNX Runtime does, but in words."""
+    with pytest.raises(errors.InvalidArgument, match="a dict of names and arrays"):
+        ours.run(None, feeds["x"])
+
+
 def test_a_model_that_is_not_there(endpoint: str) -> None:
     """The constructor says so, and bytes are refused with what to do instead."""
     with pytest.raises(errors.NotFound):

@@ -1,9 +1,10 @@
-"""What ONNX Runtime does not tell of an ONNX file.
+"""What a runtime does not tell of an ONNX file.
 
 Which inputs may be read while somebody else writes to them: those whose numbers cannot lead an operator
 anywhere (`steady_inputs`). And which inputs and outputs have no declared rank (`unranked`): its Python
 interface shows a tensor of any rank and a scalar alike, with the shape []. The file tells them apart: one has
-no shape at all, the other a shape of no dimensions (onnx.proto, `TypeProto.Tensor.shape`).
+no shape at all, the other a shape of no dimensions (onnx.proto, `TypeProto.Tensor.shape`). And what the free
+dimensions are called (`dim_names`), which OpenVINO forgets.
 
 So this walks the file's outer fields, skipping what it does not want by its length. It never builds the
 model, and takes a file that it cannot walk for one that says nothing: the runtime has loaded it.
@@ -17,7 +18,7 @@ import mmap
 from collections.abc import Iterator
 from pathlib import Path
 
-__all__ = ["steady_inputs", "unranked"]
+__all__ = ["dim_names", "steady_inputs", "unranked"]
 
 # Field numbers of onnx.proto.
 _MODEL_GRAPH = 7
@@ -27,6 +28,8 @@ _ATTRIBUTE_GRAPHS = (6, 11)
 _VALUE_NAME, _VALUE_TYPE = 1, 2
 _TYPE_TENSOR = 1
 _TENSOR_SHAPE = 2
+_SHAPE_DIM = 1
+_DIM_PARAM = 2
 
 _COMPUTE = frozenset(
     b"Conv ConvTranspose Gemm MatMul AveragePool GlobalAveragePool GlobalMaxPool MaxPool BatchNormalization "
@@ -51,6 +54,15 @@ def unranked(path: str) -> frozenset[str]:
             return frozenset(_unranked(data))
         except (IndexError, ValueError):
             return frozenset()
+
+
+def dim_names(path: str) -> dict[str, tuple[str | None, ...]]:
+    """For each of the graph's inputs and outputs that has a rank, what its free dimensions are called."""
+    with Path(path).open("rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        try:
+            return dict(_dim_names(data))
+        except (IndexError, ValueError):
+            return {}
 
 
 def steady_inputs(path: str) -> frozenset[str]:
@@ -114,15 +126,45 @@ def _mentioned(data: mmap.mmap, at: int, end: int, origins: dict[bytes, set[byte
 
 
 def _unranked(data: mmap.mmap) -> Iterator[str]:
+    for name, at, end in _values(data):
+        if not _ranked(data, at, end):
+            yield name
+
+
+def _dim_names(data: mmap.mmap) -> Iterator[tuple[str, tuple[str | None, ...]]]:
+    for name, at, end in _values(data):
+        shapes = [
+            shape
+            for number, a, b in _fields(data, at, end)
+            if number == _TYPE_TENSOR
+            for field, *shape in _fields(data, a, b)
+            if field == _TENSOR_SHAPE
+        ]
+        for shape_at, shape_end in shapes:
+            dims = [(a, b) for number, a, b in _fields(data, shape_at, shape_end) if number == _SHAPE_DIM]
+            yield name, tuple(_dim_name(data, a, b) for a, b in dims)
+
+
+def _dim_name(data: mmap.mmap, at: int, end: int) -> str | None:
+    names = [
+        data[a:b].decode("utf-8", "replace")
+        for number, a, b in _fields(data, at, end)
+        if number == _DIM_PARAM
+    ]
+    return names[-1] if names and names[-1] else None
+
+
+def _values(data: mmap.mmap) -> Iterator[tuple[str, int, int]]:
+    """Each input and output of the graph that has a name and a type, and where the type lies."""
     for field, graph_at, graph_end in _fields(data, 0, len(data)):
         if field != _MODEL_GRAPH:
             continue
         for kind, at, end in _fields(data, graph_at, graph_end):
             if kind in (_GRAPH_INPUT, _GRAPH_OUTPUT):
                 value = {number: (a, b) for number, a, b in _fields(data, at, end)}
-                if _VALUE_NAME in value and _VALUE_TYPE in value and not _ranked(data, *value[_VALUE_TYPE]):
+                if _VALUE_NAME in value and _VALUE_TYPE in value:
                     name_at, name_end = value[_VALUE_NAME]
-                    yield data[name_at:name_end].decode("utf-8", "replace")
+                    yield data[name_at:name_end].decode("utf-8", "replace"), *value[_VALUE_TYPE]
 
 
 def _ranked(data: mmap.mmap, at: int, end: int) -> bool:

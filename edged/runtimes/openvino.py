@@ -8,7 +8,7 @@ copied, because the request writes the next run's into the same memory; each ins
 stream. Only an asynchronous run can be cancelled (between nodes), a synchronous one is 12 µs faster: so the
 latter is for runs known to be short. After a run of free shapes that failed or was cancelled, a compiled
 model may answer NaN to everybody, or raise, whatever it is asked (2026.4: RapidOCR's recognition after a
-picture that is too small for it, one time in eight): so it is compiled again before it is asked anything else.
+picture that is too small for it, one time in eight): so it is compiled again before the next run.
 
 Strings are refused: a graph that only passes them through corrupts the heap in OpenVINO 2026.4. A load
 cannot be interrupted from within; whoever must end one ends the worker. Runs on Python 3.10 too.
@@ -40,6 +40,7 @@ from edged.runtimes.base import (
     silence_telemetry,
 )
 from edged.runtimes.compiled import BYTES_MAX, cache_folder, prune
+from edged.runtimes.onnxfile import dim_names
 from edged.tensors import TensorSpec
 
 silence_telemetry()
@@ -90,6 +91,7 @@ class _OpenVinoModel:
         compiled: Any,
         compile_again: Callable[[], Any],
         *,
+        names: Mapping[str, tuple[str | None, ...]],
         device: str,
         precision: str,
         threads: int,
@@ -108,9 +110,9 @@ class _OpenVinoModel:
         self.threads = threads
         self.instances = instances
         self.fallback_reason: str | None = None
-        self.inputs = tuple(_spec(port, _input_name(port), "input") for port in model.inputs)
+        self.inputs = tuple(_spec(port, _input_name(port), names) for port in model.inputs)
         names_in = {s.name for s in self.inputs}
-        self.outputs = tuple(_spec(port, _output_name(port, names_in), "output") for port in model.outputs)
+        self.outputs = tuple(_spec(port, _output_name(port, names_in), names) for port in model.outputs)
         self.metadata = _metadata(model)
         self._input_at = {s.name: (at, s.datatype) for at, s in enumerate(self.inputs)}
         self._output_at = {s.name: (at, DTYPES[s.datatype]) for at, s in enumerate(self.outputs)}
@@ -176,7 +178,7 @@ class _OpenVinoModel:
         try:
             self._infer(request, sum([array.nbytes for array in feeds.values()]))
             return [self._output(request, name) for name in output_names]
-        except Exception as e:
+        except Exception as e:  # noqa: BLE001 - whatever its kind, the run has failed, and is answered so
             raise _Spoiled(self._run_failed(e, run)) from None
 
     def _forget_inputs(self, request: Any) -> None:
@@ -284,6 +286,7 @@ class OpenVino:
             model,
             compiled,
             partial(_compile, request),
+            names=dim_names(request.path) if request.format == "onnx" else {},
             device=request.device,
             precision=_precision(compiled, request),
             threads=request.threads,
@@ -478,12 +481,17 @@ def _output_name(port: Any, inputs: Any) -> str:
     return str(min(names, key=lambda n: (n in inputs, n)))
 
 
-def _spec(port: Any, name: str, kind: str) -> TensorSpec:
+def _spec(port: Any, name: str, names: Mapping[str, tuple[str | None, ...]]) -> TensorSpec:
     datatype = _DATATYPES[port.get_element_type().get_type_name()]
-    shape = port.get_partial_shape()
-    if shape.rank.is_dynamic:
+    partial_shape = port.get_partial_shape()
+    if partial_shape.rank.is_dynamic:
         return TensorSpec(name, datatype, None)
-    return TensorSpec(name, datatype, tuple(-1 if d.is_dynamic else d.get_length() for d in shape))
+    shape = tuple(-1 if d.is_dynamic else d.get_length() for d in partial_shape)
+    called = names.get(name, ())
+    if len(called) != len(shape):
+        return TensorSpec(name, datatype, shape)
+    free = tuple(text if dim < 0 else None for text, dim in zip(called, shape))  # noqa: B905 - as long, see above
+    return TensorSpec(name, datatype, shape, dim_names=free)
 
 
 def _metadata(model: Any) -> dict[str, str]:
