@@ -308,7 +308,7 @@ def test_what_a_binding_cannot_do_is_a_typed_error(ours: InferenceSession, feeds
 
 
 def test_settings_of_onnx_runtime_s_own_change_nothing(endpoint: str, theirs: Any) -> None:
-    """They are taken, since apps give them; what there is to be told is told."""
+    """They are taken, since apps give them, and change nothing."""
     options = ort.SessionOptions()
     with InferenceSession("words", options, endpoint=endpoint) as session:
         assert session.get_session_options() is options

@@ -151,7 +151,7 @@ class _OpenVinoModel:
         raise failed
 
     def _renewed(self, compile_again: Callable[[], Any], failed: RunFailed) -> RunFailed:
-        """Compiles anew while new runs wait. What is to be raised: fatal if there is no model any more."""
+        """Compiles again while new runs wait. What is to be raised: fatal if there is no model any more."""
         with self._renewing:
             self._compiled, self._idle = None, SimpleQueue()
             try:
