@@ -36,7 +36,7 @@ test: $(STAMP)  ## run all tests
 test-models: .venv-models/.stamp  ## ask real applications' networks through edged, the whole applications among them
 	@EDGED_TEST_APPS=1 .venv-models/bin/python -m pytest tests/apps
 
-# 700 MB: the applications as their users install them.
+# 1.3 GB: the applications as their users install them.
 .venv-models/.stamp: pyproject.toml
 	@$(PYTHON) -m venv .venv-models
 	@.venv-models/bin/python -m pip --disable-pip-version-check --no-input -q install -e '.[models]'
