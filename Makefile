@@ -9,7 +9,7 @@ STAMP  := $(VENV)/.stamp
 BENCH_STAMP := $(VENV)/.stamp-bench
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo run test test-device torture check format bench bench-peers deb man clean
+.PHONY: help setup demo run test test-models test-device torture check format bench bench-peers deb man clean
 
 help:  ## say what there is
 	@grep -hE '^[a-z-]+:.*## ' $(firstword $(MAKEFILE_LIST)) | sed -E 's/^([a-z-]+):.*## (.*)/  make \1\t\2/' | expand -t 20
@@ -32,6 +32,15 @@ run: $(STAMP)  ## serve a scratch copy of models/ (in .run/) until Ctrl-C
 
 test: $(STAMP)  ## run all tests
 	@$(BIN)/python -m pytest
+
+test-models: .venv-models/.stamp  ## ask real applications' networks through edged, the whole applications among them
+	@EDGED_TEST_APPS=1 .venv-models/bin/python -m pytest tests/apps
+
+# 1.3 GB: the applications as their users install them.
+.venv-models/.stamp: pyproject.toml
+	@$(PYTHON) -m venv .venv-models
+	@.venv-models/bin/python -m pip --disable-pip-version-check --no-input -q install -e '.[models]'
+	@touch $@
 
 # DEVICE_FLAGS=--may-skip makes a machine that cannot do it no failure; what is skipped is said.
 test-device: $(STAMP)  ## boot a Debian with the packages in it and live a day there; as root (4 minutes)
@@ -71,5 +80,5 @@ man: $(STAMP)  ## write the man pages into build/man
 	@$(BIN)/python -m edged.cli.man build/man
 
 clean:  ## remove what the other targets made
-	rm -rf $(VENV) .venv-peers .run .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
+	rm -rf $(VENV) .venv-models .venv-peers .run .mypy_cache .pytest_cache .ruff_cache *.egg-info build dist
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,13 +10,15 @@ from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
+import msgspec
+
 from edged.errors import InvalidArgument
 from edged.events import RequestArrived
 from edged.instances import Instance
 from edged.messages import InputTensor, RegionPart, TensorData
 from edged.regions import Regions
 from edged.scheduler import ShapeKey
-from edged.tensors import ITEM_BYTES, check_shape, shape_text
+from edged.tensors import ITEM_BYTES, TensorSpec, check_shape, shape_text
 from edged.wire import cut, input_data, leased_input, region_reference
 
 __all__ = ["checked_inputs", "checked_outputs", "rows_and_key"]
@@ -33,6 +35,9 @@ def checked_inputs(
     found = []
     for tensor in event.request.inputs:
         spec = specs.get(tensor.name)
+        if spec is None and not tensor.name:
+            spec = _only_input(instance, event)
+            tensor = msgspec.structs.replace(tensor, name=spec.name)
         if spec is None:
             raise InvalidArgument(
                 f"model '{instance.name}' has no input '{cut(tensor.name)}'; it has {_some(specs)}",
@@ -51,6 +56,20 @@ def checked_inputs(
     if len(found) < len(specs):
         _check_missing(instance, found)
     return found
+
+
+def _only_input(instance: Instance, event: RequestArrived) -> TensorSpec:
+    """The input that a tensor without a name is for: where there is a choice, none is made."""
+    specs = instance.inputs
+    names = [name for name, spec in specs.items() if not spec.optional] or list(specs)
+    if len(names) != 1 or len(event.request.inputs) != 1:
+        listed = ", ".join(f"'{name}' {s.datatype} {shape_text(s.shape)}" for name, s in specs.items())
+        raise InvalidArgument(
+            f"an input without a name is for a model of one input; name each of those of model "
+            f"'{instance.name}': {listed or 'it has none'}",
+            reason="INPUT_NOT_NAMED",
+        )
+    return specs[names[0]]
 
 
 def _check_missing(instance: Instance, found: list[TensorData]) -> None:

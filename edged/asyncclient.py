@@ -25,6 +25,7 @@ from edged.clientwire import (
     InferResult,
     Request,
     answer,
+    by_name,
     knows_region,
     metadata_fields,
     needs_metadata,
@@ -62,17 +63,19 @@ class AsyncClient:
     async def infer(
         self,
         model: str,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Any] | Any,
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
         out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
+        decode_strings: bool = True,
     ) -> InferResult:
         """Runs `model` on `inputs`; as Client.infer."""
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
+        inputs = by_name(inputs)
         if needs_metadata(inputs):
             told = await self.model_metadata(model, version, properties=False, timeout=timeout_s)
             inputs = typed_inputs(inputs, told)
@@ -89,22 +92,30 @@ class AsyncClient:
             self._leases.reset()
             plan.shared_bytes = 0
             header, frames = await self._exchange(INFER_SOCKET, prepare, until, resend=True)
-        return read_infer(header, frames, plan.places)
+        return read_infer(header, frames, plan.places, decode_strings=decode_strings)
 
     def submit(
         self,
         model: str,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Any] | Any,
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
         out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
+        decode_strings: bool = True,
     ) -> asyncio.Task[InferResult]:
         """`infer` as a task, for several in flight; cancelling the task withdraws the request."""
         call: Coroutine[Any, Any, InferResult] = self.infer(
-            model, inputs, version=version, outputs=outputs, out=out, timeout=timeout, priority=priority
+            model,
+            inputs,
+            version=version,
+            outputs=outputs,
+            out=out,
+            timeout=timeout,
+            priority=priority,
+            decode_strings=decode_strings,
         )
         return asyncio.get_running_loop().create_task(call)
 

@@ -28,6 +28,7 @@ from edged.clientwire import (
     Recipe,
     Request,
     answer,
+    by_name,
     knows_region,
     metadata_fields,
     needs_metadata,
@@ -62,13 +63,21 @@ class PendingResult:
     """An inference in flight, from `Client.submit`."""
 
     def __init__(
-        self, link: Exchange, pending: Pending, until: float, places: Mapping[str, Place], leases: Leases
+        self,
+        link: Exchange,
+        pending: Pending,
+        until: float,
+        places: Mapping[str, Place],
+        leases: Leases,
+        *,
+        decode_strings: bool = True,
     ) -> None:
         self._link = link
         self._pending = pending
         self._until = until
         self._places = places
         self._leases = leases
+        self._decode_strings = decode_strings
 
     def done(self) -> bool:
         """Whether `result` would return or raise at once."""
@@ -89,7 +98,7 @@ class PendingResult:
         header = self._pending.reply(self._link.path)
         if not knows_region(header):
             self._leases.reset()
-        return read_infer(header, self._pending.frames, self._places)
+        return read_infer(header, self._pending.frames, self._places, decode_strings=self._decode_strings)
 
     def cancel(self) -> None:
         """Asks the daemon to withdraw the request; `result` then raises Cancelled, unless it was too late."""
@@ -124,19 +133,23 @@ class Client:
     def infer(
         self,
         model: str,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Any] | Any,
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
         out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
+        decode_strings: bool = True,
     ) -> InferResult:
         """Runs `model` on `inputs` and returns its outputs.
 
-        Arrays are sent with the dtype they have; lists and Python scalars as the model declares (one more
-        question to the daemon); strings as BYTES. `outputs` names those wanted, None is all. `priority` is
-        1 (highest) to 9. Large arrays are sent from where they lie: leave them alone until this returns.
+        `inputs` maps names to arrays; for a model of one input the array alone will do, or what numpy makes
+        one of. Arrays are sent with the dtype they have, never another; lists and Python scalars, which have
+        none, as the model declares (one more question to the daemon); strings as BYTES. `outputs` names those
+        wanted, None is all. `priority` is 1 (highest) to 9. Large arrays are sent from where they lie: leave
+        them alone until this returns. Strings in the outputs are str; `decode_strings=False` gives them as
+        bytes, which is for strings that are not UTF-8: one of those raises InvalidArgument otherwise.
 
         An array that lies in a lease (see `lease`) is not sent at all: the daemon reads it there. `out` maps
         names of outputs to arrays in leases for them to land in: the result then has views of those, with the
@@ -145,11 +158,12 @@ class Client:
         """
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
+        inputs = by_name(inputs)
         if out is None:
             request = self._by_recipe(model, inputs, version, outputs, priority)
             if request is not None:
                 header, frames = self._infer(model, request, until, by_lane=self._fast)
-                return read_infer(header, frames)
+                return read_infer(header, frames, decode_strings=decode_strings)
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, self._tensors(model, version, timeout_s))
         plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
@@ -161,7 +175,7 @@ class Client:
             self._leases.reset()
             plan.shared_bytes = 0
             header, frames = self._infer(model, prepare, until, by_lane=by_lane)
-        return read_infer(header, frames, plan.places)
+        return read_infer(header, frames, plan.places, decode_strings=decode_strings)
 
     def _by_recipe(
         self,
@@ -207,13 +221,14 @@ class Client:
     def submit(
         self,
         model: str,
-        inputs: Mapping[str, Any],
+        inputs: Mapping[str, Any] | Any,
         *,
         version: str | int | None = None,
         outputs: Sequence[str] | None = None,
         out: Mapping[str, Array] | None = None,
         timeout: float | None = None,
         priority: int = 0,
+        decode_strings: bool = True,
     ) -> PendingResult:
         """Like `infer`, but returns at once; for several inferences in flight from one thread.
 
@@ -222,12 +237,13 @@ class Client:
         """
         timeout_s = self._timeout_s if timeout is None else timeout_seconds(timeout)
         until = time.monotonic() + timeout_s
+        inputs = by_name(inputs)
         if needs_metadata(inputs):
             inputs = typed_inputs(inputs, self._tensors(model, version, timeout_s))
         plan = self._plan(model, inputs, version=version, outputs=outputs, priority=priority, out=out)
         pending = Pending()
         link = self._post(INFER_SOCKET, self._preparing(plan, until, copies=True), pending, until)
-        return PendingResult(link, pending, until, plan.places, self._leases)
+        return PendingResult(link, pending, until, plan.places, self._leases, decode_strings=decode_strings)
 
     def lease(self, nbytes: int, *, timeout: float | None = None) -> Lease:
         """Memory shared with the daemon, for arrays that then need not be sent; see Lease.

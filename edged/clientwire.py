@@ -29,6 +29,7 @@ from edged.arrays import (
     value_from_wire,
 )
 from edged.errors import EdgedError, Internal, InvalidArgument, Unavailable, error_from_wire
+from edged.plain import plain_values
 
 __all__ = [
     "ADMIN_SOCKET",
@@ -43,6 +44,7 @@ __all__ = [
     "RecipeRequest",
     "Request",
     "answer",
+    "by_name",
     "infer_request",
     "knows_region",
     "metadata_fields",
@@ -57,6 +59,9 @@ __all__ = [
 
 INFER_SOCKET, ADMIN_SOCKET, EVENTS_SOCKET = "edged.sock", "admin.sock", "events.sock"
 
+ONLY_INPUT = ""
+"""The name of a model's only input where none is given; the daemon finds the real one."""
+
 HEADER_BYTES_MAX = 64 * 1024
 """The daemon's default limit; a longer header is refused here, where the caller can be told by name."""
 
@@ -70,6 +75,9 @@ _SHARED_BYTES_MIN = 256 * 1024
 """From this size on a copy into a lease beats a frame by enough to hold shared memory for it. On two cores,
 lease to frame: 64 KiB 317 to 329 µs, 128 KiB 335 to 356, 256 KiB 346 to 409, 588 KiB 351 to 484, 6 MiB 1143
 to 2518."""
+
+_SHOWN_BYTES_MAX = 40
+"""Of a string in a message: enough to recognise it."""
 
 _PLAIN_DTYPES = frozenset(DTYPES.values())
 """Those whose bytes are on the wire as they are in memory."""
@@ -232,21 +240,31 @@ class Place(NamedTuple):
         }
 
 
+_NO_NAMES: frozenset[str] = frozenset()
+
+
 class InferResult(Mapping[str, Any]):
     """The outputs of one inference by name, in the model's order, and how they were made.
 
-    Tensors are numpy arrays that belong to the caller, views of its lease where `out` said so; ONNX sequences
-    and maps are lists and dicts. `device` (`CPU`, `CUDA:0`, `GPU.0`, `NPU`), `runtime`, `precision` and
-    `fallback_reason` are what the daemon says it really used. `queue_us` and `compute_us` are its own
-    measurements. `warnings` names parameters that the daemon did not know. `parameters` is all that it said.
+    Tensors are numpy arrays that belong to the caller, views of its lease where `out` said so, and of str
+    where they hold strings; ONNX sequences and maps are lists and dicts. `to_dict` has all as plain values.
+    `device` (`CPU`, `CUDA:0`, `GPU.0`, `NPU`), `runtime`, `precision` and `fallback_reason` are what the
+    daemon says it really used. `queue_us` and `compute_us` are its own measurements. `warnings` names
+    parameters that the daemon did not know. `parameters` is all that it said.
     """
 
-    __slots__ = ("_outputs", "model_name", "model_version", "parameters")
+    __slots__ = ("_bf16", "_outputs", "model_name", "model_version", "parameters")
 
     def __init__(
-        self, outputs: dict[str, Any], model_name: str, model_version: str, parameters: Mapping[str, Any]
+        self,
+        outputs: dict[str, Any],
+        model_name: str,
+        model_version: str,
+        parameters: Mapping[str, Any],
+        bf16: frozenset[str] = _NO_NAMES,
     ) -> None:
         self._outputs = outputs
+        self._bf16 = bf16
         self.model_name = model_name
         self.model_version = model_version
         self.parameters = parameters
@@ -265,6 +283,16 @@ class InferResult(Mapping[str, Any]):
             f"<InferResult of {self.model_name} version {self.model_version} on {self.device} "
             f"({self.runtime}, {self.precision}): {', '.join(self._outputs)}>"
         )
+
+    def to_dict(self) -> dict[str, Any]:
+        """The outputs by name as plain Python values, as `json.dumps` or a web handler takes them.
+
+        Tensors are (nested) lists, BF16 and FP16 in them floats with each digit they have. NaN and the
+        infinities are the strings "NaN", "Infinity" and "-Infinity", since JSON has no such numbers. Strings
+        stay strings, and are base64 where bytes were asked for. Maps have strings as keys. An absent optional
+        is None.
+        """
+        return {name: plain_values(value, bf16=name in self._bf16) for name, value in self._outputs.items()}
 
     @property
     def device(self) -> str:
@@ -308,6 +336,11 @@ class InferResult(Mapping[str, Any]):
         return list(self.parameters.get("warnings", ()))
 
 
+def by_name(inputs: Any) -> Mapping[str, Any]:
+    """The inputs by name: a value alone is the only input's, which on the wire needs no name."""
+    return inputs if isinstance(inputs, Mapping) else {ONLY_INPUT: inputs}
+
+
 def needs_metadata(inputs: Mapping[str, Any]) -> bool:
     """Whether an input is a Python list or scalar, whose datatype only the model's metadata tells."""
     return any(_is_plain(value) for value in inputs.values())
@@ -323,9 +356,19 @@ def typed_inputs(inputs: Mapping[str, Any], metadata: Mapping[str, Any]) -> dict
     """`inputs` with Python lists and scalars turned into arrays as the model's metadata declares them.
 
     A scalar for an input of rank n gets the shape [1] * n. Raises InvalidArgument for an element that does
-    not fit the datatype. Names that the model does not have are left to the daemon's answer.
+    not fit the datatype, and for a value without a name where the model has several inputs. Names that the
+    model does not have are left to the daemon's answer.
     """
-    specs = {spec["name"]: spec for spec in metadata.get("inputs", ())}
+    listed = metadata.get("inputs", ())
+    specs = {spec["name"]: spec for spec in listed}
+    if ONLY_INPUT in inputs:
+        needed = [spec for spec in listed if not spec.get("optional")] or listed
+        if len(needed) != 1:
+            raise InvalidArgument(
+                f"the model has several inputs: give a dict with {', '.join(map(repr, specs)) or 'none'}",
+                reason="INPUT_NOT_NAMED",
+            )
+        specs[ONLY_INPUT] = needed[0]
     typed = dict(inputs)
     for name, value in inputs.items():
         spec = specs.get(name)
@@ -348,12 +391,16 @@ def _typed(name: str, value: Any, datatype: str, shape: Sequence[int] | None) ->
         else:
             array = np.asarray(value, dtype)
     except (ValueError, TypeError, OverflowError) as e:
-        raise InvalidArgument(f"input '{name}': not a {datatype} tensor: {e}", reason="BAD_DATA") from None
+        raise InvalidArgument(f"{_what(name)}: not a {datatype} tensor: {e}", reason="BAD_DATA") from None
     if array.ndim == 0 and shape:
         array = array.reshape([1] * len(shape))
     if datatype == "BF16" and array.dtype == np.uint16:
         return RawTensor("BF16", array.shape, array.tobytes())
     return array
+
+
+def _what(name: str) -> str:
+    return f"input '{name}'" if name else "the input"
 
 
 def _bf16_bits(value: Any) -> Array:
@@ -399,7 +446,7 @@ class InferPlan:
             try:
                 datatype, shape, data = _wire_form(value)
             except EdgedError as e:
-                raise InvalidArgument(f"input '{name}': {e.message}", reason=e.reason) from None
+                raise InvalidArgument(f"{_what(name)}: {e.message}", reason=e.reason) from None
             tensor: dict[str, Any] = {"name": name, "datatype": datatype, "shape": shape}
             tensors.append(tensor)
             nbytes = data.nbytes if isinstance(data, np.ndarray) else len(data)
@@ -566,12 +613,17 @@ def knows_region(header: Mapping[str, Any]) -> bool:
 
 
 def read_infer(
-    header: Mapping[str, Any], frames: Sequence[Any], places: Mapping[str, Place] | None = None
+    header: Mapping[str, Any],
+    frames: Sequence[Any],
+    places: Mapping[str, Place] | None = None,
+    *,
+    decode_strings: bool = True,
 ) -> InferResult:
     """The outputs of a `model_infer` reply, `frames` being what followed its header.
 
-    `places` are where outputs were to go: those are views of the app's lease. Raises the typed error that the
-    reply carries, or Internal for a reply that breaks the protocol.
+    `places` are where outputs were to go: those are views of the app's lease. Strings are str, as ONNX
+    Runtime gives them, or bytes by `decode_strings=False`. Raises the typed error that the reply carries,
+    InvalidArgument for a string that is no text, or Internal for a reply that breaks the protocol.
     """
     if "error" in header:
         if not knows_region(header):
@@ -582,6 +634,7 @@ def read_infer(
             )
         _check_error(header)
     outputs: dict[str, Any] = {}
+    bf16 = _NO_NAMES
     try:
         for wire in header["outputs"]:
             datatype = wire["datatype"]
@@ -593,28 +646,66 @@ def read_infer(
                 if array.nbytes != len(data):
                     raise InvalidArgument(f"{len(data)} bytes for the shape {wire['shape']} of {datatype}")
                 outputs[wire["name"]] = array
-            elif datatype in VALUE_DATATYPES:
-                tensor = functools.partial(_tensor, frames)
-                outputs[wire["name"]] = value_from_wire(datatype, wire.get("data"), tensor)
+                continue
+            name = wire["name"]
+            text_of = name if decode_strings else None
+            if datatype in VALUE_DATATYPES:
+                seen: set[str] = set()
+                tensor = functools.partial(_tensor, frames, text_of=text_of, seen=seen)
+                outputs[name] = value_from_wire(datatype, data, tensor)
+                if "BF16" in seen:
+                    bf16 |= {name}
             elif wire.get("parameters") and "shared_memory_region" in wire["parameters"]:
-                outputs[wire["name"]] = _in_place(wire, (places or {})[wire["name"]])
+                outputs[name] = _in_place(wire, (places or {})[name])
             else:
-                outputs[wire["name"]] = _tensor(frames, wire)
+                outputs[name] = _tensor(frames, wire, text_of=text_of)
+            if datatype == "BF16":
+                bf16 |= {name}
         return InferResult(
-            outputs, header["model_name"], str(header["model_version"]), header.get("parameters") or {}
+            outputs,
+            header["model_name"],
+            str(header["model_version"]),
+            header.get("parameters") or {},
+            bf16,
         )
+    except _NotText as e:
+        raise InvalidArgument(str(e), reason="NOT_UTF8") from None
     except (KeyError, TypeError, ValueError, IndexError, InvalidArgument) as e:
         raise Internal(
             f"the daemon's reply breaks the protocol: {type(e).__name__}: {e}", reason="BAD_REPLY"
         ) from e
 
 
-def _tensor(frames: Sequence[Any], wire: Mapping[str, Any]) -> Array:
+class _NotText(Exception):
+    """A string that was asked for as str is not UTF-8."""
+
+
+def _tensor(
+    frames: Sequence[Any], wire: Mapping[str, Any], *, text_of: str | None, seen: set[str] | None = None
+) -> Array:
+    """The array; BYTES as str for the output called `text_of`. `seen` gathers the datatypes of a value's."""
     index = wire.get("frame")
-    if index is not None:
-        return from_raw(wire["datatype"], wire["shape"], frames[index].buffer)
-    # A copy, so that the array is the caller's to change, as ONNX Runtime's are.
-    return from_raw(wire["datatype"], wire["shape"], bytearray(wire.get("data") or b""))
+    # Inline data is copied, so that the array is the caller's to change, as ONNX Runtime's are.
+    buffer = bytearray(wire.get("data") or b"") if index is None else frames[index].buffer
+    datatype = wire["datatype"]
+    if seen is not None:
+        seen.add(datatype)
+    array = from_raw(datatype, wire["shape"], buffer)
+    return _as_text(text_of, array) if datatype == "BYTES" and text_of is not None else array
+
+
+def _as_text(name: str, array: Array) -> Array:
+    texts = np.empty(array.shape, dtype=object)
+    flat = texts.reshape(-1)
+    for at, item in enumerate(array.reshape(-1).tolist()):
+        try:
+            flat[at] = item.decode()
+        except UnicodeDecodeError:
+            raise _NotText(
+                f"output '{name}': element {at}, {item[:_SHOWN_BYTES_MAX]!r}, is not UTF-8; "
+                "decode_strings=False gives strings as bytes"
+            ) from None
+    return texts
 
 
 def _in_place(wire: Mapping[str, Any], place: Place) -> Array:

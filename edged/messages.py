@@ -57,7 +57,7 @@ METHODS: dict[str, str] = {
 
 
 class InputTensor(msgspec.Struct, frozen=True, gc=False):
-    """One input as it stands in a request's header."""
+    """One input as it stands in a request's header; its name may be empty where the model has one input."""
 
     name: str
     datatype: str

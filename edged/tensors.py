@@ -140,9 +140,15 @@ def tensor_nbytes(name: str, datatype: str, shape: Sequence[int]) -> int:
 
 
 def check_shape(spec: TensorSpec, shape: Sequence[int]) -> None:
-    """Raises InvalidArgument unless `shape` fits the spec's."""
+    """Raises InvalidArgument unless `shape` fits the spec's.
+
+    One element of any rank is a scalar's value: ONNX Runtime takes it, and apps feed it. A scalar is not one
+    row, though: where the model wants a dimension, ONNX Runtime insists on it.
+    """
     want = spec.shape
     if want is None:
+        return
+    if not want and all(dim == 1 for dim in shape):
         return
     if len(shape) != len(want):
         raise InvalidArgument(

@@ -17,7 +17,7 @@ import tempfile
 import zipfile
 from pathlib import Path
 
-__all__ = ["NotAvailable", "silero_model"]
+__all__ = ["NotAvailable", "fetch_wheel", "silero_model"]
 
 _REQUIREMENT = "silero-vad==6.2.3"
 _MEMBER = "silero_vad/data/silero_vad.onnx"
@@ -39,7 +39,7 @@ def silero_model() -> Path:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent) as folder:
-        wheel = _fetch(Path(folder))
+        wheel = fetch_wheel(_REQUIREMENT, Path(folder))
         try:
             data = zipfile.ZipFile(wheel).read(_MEMBER)
         except (KeyError, zipfile.BadZipFile) as error:
@@ -52,17 +52,13 @@ def silero_model() -> Path:
     return path
 
 
-def _cache_dir() -> Path:
-    named = os.environ.get("EDGED_TEST_CACHE")
-    if named:
-        return Path(named)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "edged-tests"
+def fetch_wheel(requirement: str, folder: Path) -> Path:
+    """The wheel of `NAME==VERSION` for this machine, without what it asks for, by pip into `folder`.
 
-
-def _fetch(folder: Path) -> Path:
+    Raises NotAvailable where it cannot be had.
+    """
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(folder)]
-    command += ["--disable-pip-version-check", "--no-input", _REQUIREMENT]
+    command += ["--disable-pip-version-check", "--no-input", requirement]
     try:
         done = subprocess.run(
             command,
@@ -73,12 +69,20 @@ def _fetch(folder: Path) -> Path:
             check=False,
         )
     except subprocess.TimeoutExpired:
-        raise NotAvailable(f"pip did not fetch {_REQUIREMENT} within {_FETCH_TIMEOUT_S} s") from None
+        raise NotAvailable(f"pip did not fetch {requirement} within {_FETCH_TIMEOUT_S} s") from None
     wheels = list(folder.glob("*.whl"))
     if done.returncode != 0 or not wheels:
         last = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise NotAvailable(f"pip cannot fetch {_REQUIREMENT}: {last}")
+        raise NotAvailable(f"pip cannot fetch {requirement}: {last}")
     return wheels[0]
+
+
+def _cache_dir() -> Path:
+    named = os.environ.get("EDGED_TEST_CACHE")
+    if named:
+        return Path(named)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "edged-tests"
 
 
 if __name__ == "__main__":

@@ -7,7 +7,9 @@ against the daemon are marked: they are those that restart it.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
+import struct
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -214,8 +216,74 @@ def test_lists_and_scalars_take_the_models_datatype(client: Client, peer: Peer) 
 def test_bytes_and_raw_tensors(client: Client) -> None:
     """Strings travel as BYTES, and bytes that are raw already as they are."""
     result = client.infer("double", {"s": np.array(["a", "ä"]), "r": RawTensor("INT8", (2,), b"\1\2")})
-    assert result["s"].tolist() == [b"a", "ä".encode()]
+    assert result["s"].tolist() == ["a", "ä"]
     assert result["r"].tolist() == [2, 4]
+
+
+def test_strings_are_str_or_by_choice_bytes(client: Client) -> None:
+    """Of every shape; what is no text is lost in neither form: one is refused, the other has it."""
+    given = np.array([["a", ""], ["zwölf", "\0"]], dtype=object)
+    for shaped in (given, given[:0], given[0, 0:1].reshape(())):
+        array = client.infer("double", {"s": shaped})["s"]
+        assert (array.shape, array.tolist()) == (shaped.shape, shaped.tolist())
+    as_bytes = client.infer("double", {"s": given}, decode_strings=False)["s"]
+    assert as_bytes.tolist() == [[b"a", b""], ["zwölf".encode(), b"\0"]]
+    odd = {"s": np.array(["fine", b"\xff\xfe"], dtype=object)}
+    assert client.infer("double", odd, decode_strings=False)["s"].tolist() == [b"fine", b"\xff\xfe"]
+    for ask in (client.infer, lambda *what: client.submit(*what).result()):
+        with pytest.raises(errors.InvalidArgument, match=r"output 's': element 1.*decode_strings") as caught:
+            ask("double", odd)
+        assert caught.value.reason == "NOT_UTF8"
+    assert client.submit("double", odd, decode_strings=False).result()["s"].tolist()[1] == b"\xff\xfe"
+
+
+def test_an_array_alone_is_the_only_input(client: Client, peer: Peer) -> None:
+    """As it is, whatever numpy makes an array of; a list as the model declares; nameless on the wire."""
+    x = np.float32([1, 2])
+    for given in (x, memoryview(x), RawTensor("FP32", (2,), x.tobytes()), [1, 2], (1.0, 2.0)):
+        client.infer("double", given)
+        (sent,) = peer.seen[-1]["inputs"]
+        assert (sent["name"], sent["datatype"], sent["data"]) == ("", "FP32", x.tobytes())
+        assert client.submit("double", given).result()[""].tolist() == [2.0, 4.0]
+    client.infer("double", np.float64([1, 2]))
+    assert peer.seen[-1]["inputs"][0]["datatype"] == "FP64"
+    with pytest.raises(errors.InvalidArgument, match="the input"):
+        client.infer("double", {1, 2})
+    metadata = {"inputs": [{"name": name, "datatype": "FP32", "shape": [-1]} for name in ("a", "b")]}
+    for several in ([1, 2], [x, x[:1]]):
+        with pytest.raises(errors.InvalidArgument, match="'a', 'b'") as caught:
+            typed_inputs({"": several}, metadata)
+        assert caught.value.reason == "INPUT_NOT_NAMED"
+    metadata["inputs"][0]["optional"] = True
+    assert typed_inputs({"": [1, 2]}, metadata)[""].tolist() == [1.0, 2.0]
+
+
+def test_a_result_as_plain_values(client: Client) -> None:
+    """Fit for JSON as browsers read it, strict about numbers; BF16 as numbers with and without ml_dtypes."""
+    bf16 = RawTensor("BF16", (2,), struct.pack("<2H", 0x3F80, 0x4049))
+    feeds = {"x": np.float32([[0.5, np.nan], [np.inf, -np.inf]]), "s": np.array(["a", "b"], dtype=object)}
+    feeds |= {"i": np.array(2**62), "half": np.float16([0.1])}
+    plain = client.infer("double", feeds).to_dict()
+    assert json.loads(json.dumps(plain, allow_nan=False)) == plain
+    assert plain == {
+        "x": [[1.0, "NaN"], ["Infinity", "-Infinity"]],
+        "s": ["a", "b"],
+        "i": -(2**63),  # twice 2^62, as INT64 has it
+        "half": [float(np.float16(0.1) * 2)],
+    }
+    assert client.infer("values", {}).to_dict() == {
+        "seq": [{"0": 0.25, "1": 0.75}],
+        "map": {"a": 1.0},
+        "opt": None,
+    }
+    odd = np.array([b"\xff", "é"], dtype=object)
+    assert client.infer("double", {"s": odd}, decode_strings=False).to_dict() == {"s": ["/w==", "w6k="]}
+    wire = {"name": "b", "datatype": "BF16", "shape": [2], "data": bf16.data}
+    element = {key: wire[key] for key in ("datatype", "shape", "data")}
+    nested = {"name": "n", "datatype": "SEQUENCE", "data": [element]}
+    ints = {"name": "u", "datatype": "UINT16", "shape": [1], "data": b"\x80\x3f"}
+    read = read_infer(_infer_reply([wire, nested, ints]), ())
+    assert read.to_dict() == {"b": [1.0, 3.140625], "n": [[1.0, 3.140625]], "u": [0x3F80]}
 
 
 def test_sequences_and_maps_are_lists_and_dicts(client: Client) -> None:
@@ -553,6 +621,19 @@ def test_async_many_at_once(peer: Peer) -> None:
         assert await client.server_status() == {"state": "ready"}
         with pytest.raises(errors.NotFound):
             await client.infer("none", {})
+
+    _run(peer, use)
+
+
+def test_async_takes_and_gives_the_same_forms(peer: Peer) -> None:
+    """An array or list alone, strings as str or bytes, a result as plain values."""
+
+    async def use(client: AsyncClient) -> None:
+        assert (await client.infer("double", np.float32([1])))[""].tolist() == [2.0]
+        assert (await client.infer("double", [1.5]))[""].tolist() == [3.0]
+        words = {"s": np.array(["ä"])}
+        assert (await client.infer("double", words)).to_dict() == {"s": ["ä"]}
+        assert (await client.submit("double", words, decode_strings=False))["s"].tolist() == ["ä".encode()]
 
     _run(peer, use)
 

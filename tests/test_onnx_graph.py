@@ -196,6 +196,22 @@ def test_a_broken_file_is_a_value_error_and_nothing_else(tmp_path: Path) -> None
                 continue
 
 
+@pytest.mark.parametrize("shape", [["batch", 3, None, "W"], ["N"], [2, 3], []])
+def test_both_runtimes_call_a_dimension_by_its_name(tmp_path: Path, shape: list[int | str | None]) -> None:
+    """What an app reads in a shape must not depend on which runtime was found the fastest."""
+    from edged.runtimes.base import LoadCancel, LoadRequest, create_runtime
+
+    path = str(zoo.write(tmp_path / "m.onnx", zoo.identity("FP32", shape)))
+    wanted = tuple(dim if isinstance(dim, str) else None for dim in shape)
+    for runtime in ("onnxruntime", "openvino"):
+        model = create_runtime(runtime).load(LoadRequest(path), LoadCancel())
+        for spec in (*model.inputs, *model.outputs):
+            assert (spec.dim_names, spec.shape) == (
+                wanted,
+                tuple(dim if isinstance(dim, int) else -1 for dim in shape),
+            )
+
+
 def test_metadata_of_a_file_that_cannot_be_walked(tmp_path: Path) -> None:
     """Every truncation and every flipped byte gives texts, never an exception."""
     whole = zoo.saying({"labels": "cat"}, version=-1).SerializeToString()

@@ -200,6 +200,30 @@ def test_strings_that_are_not_utf8_are_the_requests_fault(echo: Any) -> None:
     assert caught.value.code == Code.INVALID_ARGUMENT.value
 
 
+@pytest.mark.parametrize("echo", [False, True])
+def test_one_element_for_a_scalar_is_answered_as_onnx_runtime_does(echo: bool, tmp_path: Path) -> None:
+    """Of any rank: the same shapes from both runtimes, or a refusal where OpenVINO would give another."""
+    path = zoo.write(tmp_path / "m.onnx", zoo.scalar_rate(echo=echo))
+    theirs, ours = load("onnxruntime", path), load("openvino", path)
+    names = ["y", "rate"] if echo else ["y"]
+    for shape in ((), (1,), (1, 1), (1, 1, 1)):
+        feeds = {"x": np.float32([[8, 4], [2, 1]]), "sr": np.full(shape, 4, np.int64)}
+        want = theirs.run(feeds, names)
+        assert [value.shape for value in want] == [np.broadcast_shapes((2, 2), shape), shape][: len(names)]
+        if len(shape) > 2 or (echo and shape):
+            with pytest.raises(RunFailed) as refused:
+                ours.run(feeds, names)
+            assert (refused.value.code, refused.value.reason) == ("INVALID_ARGUMENT", "REFUSED_BY_RUNTIME")
+        else:
+            for value, wanted in zip(ours.run(feeds, names), want, strict=True):
+                np.testing.assert_array_equal(value, wanted, strict=True)
+    two = {"x": np.ones((2, 2), np.float32), "sr": np.ones(2, np.int64)}
+    with pytest.raises(RunFailed):
+        ours.run(two, names)
+    once_more = {"x": np.ones((2, 2), np.float32), "sr": np.array(2)}
+    assert ours.run(once_more, ["y"])[0].tolist() == [[0.5, 0.5], [0.5, 0.5]]
+
+
 def long_model(path: Path) -> Path:
     """A model that runs for a minute: a chain of products, since a cancel takes effect between nodes."""
     chain = [helper.make_node("MatMul", [f"t{i}", "t0"], [f"t{i + 1}"]) for i in range(1000)]

@@ -47,6 +47,7 @@ __all__ = [
     "optional_input",
     "optional_output",
     "real",
+    "scalar_rate",
     "scalar_sum",
     "sequence_output",
     "sigfpe",
@@ -246,6 +247,17 @@ def scalar_sum() -> onnx.ModelProto:
         [_value("x", "FP32", ["N"])],
         [_value("y", "FP32", [])],
     )
+
+
+def scalar_rate(*, echo: bool = False) -> onnx.ModelProto:
+    """`x` FP32 [batch, N], `sr` INT64 [], a scalar → `y`, x divided by sr; with `echo` also sr as `rate`."""
+    nodes = [helper.make_node("Cast", ["sr"], ["s"], to=TensorProto.FLOAT)]
+    nodes.append(helper.make_node("Div", ["x", "s"], ["y"]))
+    outputs = [_value("y", "FP32", ["batch", "N"])]
+    if echo:
+        nodes.append(helper.make_node("Identity", ["sr"], ["rate"]))
+        outputs.append(_value("rate", "INT64", []))
+    return _model(nodes, [_value("x", "FP32", ["batch", "N"]), _value("sr", "INT64", [])], outputs)
 
 
 def free_rank() -> onnx.ModelProto:

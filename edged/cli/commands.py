@@ -352,7 +352,12 @@ def infer(session: Session, args: argparse.Namespace) -> int:
     except InputError as e:
         raise Failure(str(e)) from None
     result = session.client.infer(
-        args.model, inputs, version=args.version, outputs=args.output or None, timeout=args.timeout
+        args.model,
+        inputs,
+        version=args.version,
+        outputs=args.output or None,
+        timeout=args.timeout,
+        decode_strings=False,  # a string that is not UTF-8 is shown escaped
     )
     outputs = dict(result.items())
     document: dict[str, Any] = {

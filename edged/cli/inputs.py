@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 from edged.arrays import dtype_of
 from edged.cli.images import IMAGE_SUFFIXES, ImageError, picture
 from edged.errors import InvalidArgument
+from edged.plain import plain_values
 from edged.tensors import TensorSpec, shape_text
 
 __all__ = ["InputError", "json_values", "read_inputs", "synthetic"]
@@ -198,18 +199,5 @@ def synthetic(
 
 
 def json_values(value: Any) -> Any:
-    """`value` with arrays as lists, bytes as text and floats that JSON has no word for as strings
-    ("NaN", "Infinity", "-Infinity", as protobuf's JSON mapping writes them)."""
-    if isinstance(value, np.ndarray):
-        return json_values(value.tolist())
-    if isinstance(value, np.generic):
-        return json_values(value.item())
-    if isinstance(value, Mapping):
-        return {str(json_values(k)): json_values(v) for k, v in value.items()}
-    if isinstance(value, (list, tuple, set, frozenset)):
-        return [json_values(v) for v in value]
-    if isinstance(value, (bytes, bytearray, memoryview)):
-        return bytes(value).decode(errors="backslashreplace")
-    if isinstance(value, float) and not math.isfinite(value):
-        return "NaN" if value != value else ("Infinity" if value > 0 else "-Infinity")
-    return value
+    """`value` for JSON as `plain_values` makes it, but bytes as text that a person can read."""
+    return plain_values(value, bytes_text=lambda data: data.decode(errors="backslashreplace"))

@@ -6,7 +6,9 @@ bf16 with other answers; `ENABLE_CPU_PINNING=NO`, since two workers that pin sha
 on an infer request of the native API (17 µs for a small MLP, 34 by its dictionary), whose outputs are
 copied, because the request writes the next run's into the same memory; each instance has a request and a
 stream. Only an asynchronous run can be cancelled (between nodes), a synchronous one is 12 µs faster: so the
-latter is for runs known to be short.
+latter is for runs known to be short. After a run of free shapes that failed or was cancelled, a compiled
+model may answer NaN to everybody, or raise, whatever it is asked (2026.4: RapidOCR's recognition after a
+picture that is too small for it, one time in eight): so it is compiled again before the next run.
 
 Strings are refused: a graph that only passes them through corrupts the heap in OpenVINO 2026.4. A load
 cannot be interrupted from within; whoever must end one ends the worker. Runs on Python 3.10 too.
@@ -16,8 +18,10 @@ from __future__ import annotations
 
 import contextlib
 import re
+import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any
@@ -73,6 +77,9 @@ _WIDE = ("INT64", "UINT64")
 QUICK_RUN_NS = 2_000_000
 """A run this short ends before a cancel could arrive."""
 
+LOOSE_RANK_MAX = 2
+"""Apps feed a scalar as [v] or [[v]]; each further rank would have the model's shapes inferred once more."""
+
 
 class _OpenVinoModel:
     """A compiled model with an infer request for each instance; see `base.Model`."""
@@ -81,17 +88,19 @@ class _OpenVinoModel:
         self,
         model: Any,
         compiled: Any,
+        compile_again: Callable[[], Any],
         *,
         metadata: dict[str, str],
+        names: Mapping[str, tuple[str | None, ...]],
         device: str,
         precision: str,
         threads: int,
         instances: int,
     ) -> None:
         self._compiled = compiled
-        self._idle: SimpleQueue[Any] = SimpleQueue()
-        for _ in range(instances):
-            self._idle.put(compiled.create_infer_request())
+        self._idle = _requests(compiled, instances)
+        self._compile_again = compile_again if model.is_dynamic() else None
+        self._renewing = threading.Lock()
         self._running: dict[int, Any] = {}
         """The requests of the runs that are going on: by them a run is cancelled."""
         self._cancelled: dict[int, None] = {}
@@ -102,13 +111,14 @@ class _OpenVinoModel:
         self.threads = threads
         self.instances = instances
         self.fallback_reason: str | None = None
-        self.inputs = tuple(_spec(port, _input_name(port), "input") for port in model.inputs)
+        self.inputs = tuple(_spec(port, _input_name(port), names) for port in model.inputs)
         names_in = {s.name for s in self.inputs}
-        self.outputs = tuple(_spec(port, _output_name(port, names_in), "output") for port in model.outputs)
+        self.outputs = tuple(_spec(port, _output_name(port, names_in), names) for port in model.outputs)
         self.metadata = metadata
         self._input_at = {s.name: (at, s.datatype) for at, s in enumerate(self.inputs)}
         self._output_at = {s.name: (at, DTYPES[s.datatype]) for at, s in enumerate(self.outputs)}
         self._wide_inputs = tuple(s.name for s in self.inputs if s.datatype in _WIDE)
+        self._loose_scalars = _loose_scalars(model, self.inputs)
 
     def run(
         self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
@@ -119,19 +129,42 @@ class _OpenVinoModel:
         for name in self._wide_inputs:
             if name in feeds:
                 _refuse_wide(name, feeds[name])
-        request = self._running[run] = self._idle.get()
+        with self._renewing:
+            idle = self._idle
+        request = self._running[run] = idle.get()
+        failed: RunFailed | None = None
         try:
             if self._has_state:
                 # Each run begins from the initial state: what another request left is not for this one.
                 request.reset_state()
             return self._run(request, feeds, output_names, run)
+        except _Spoiled as e:
+            failed = e.failed
         finally:
             del self._running[run]
             if self._cancelled:
                 self._cancelled.pop(run, None)
-            if borrowed:
-                self._forget_inputs(request)
-            self._idle.put(request)
+            if failed is None or self._compile_again is None:
+                if borrowed:
+                    self._forget_inputs(request)
+                idle.put(request)
+        assert failed is not None, "the run returned, or raised something else"
+        if self._compile_again is not None:
+            del idle, request  # with the last of them goes the memory that compiling needs
+            failed = self._renewed(self._compile_again, failed)
+        raise failed
+
+    def _renewed(self, compile_again: Callable[[], Any], failed: RunFailed) -> RunFailed:
+        """Compiles again while new runs wait. What is to be raised: fatal if there is no model any more."""
+        with self._renewing:
+            self._compiled, self._idle = None, SimpleQueue()
+            try:
+                self._compiled = compile_again()
+                self._idle = _requests(self._compiled, self.instances)
+            except Exception as e:  # noqa: BLE001 - of whatever kind, this process serves the model no more
+                text = f"{failed.message} (and the model could not be compiled again: {clean_text(e)})"
+                return RunFailed(Code(failed.code), failed.reason, text, fatal=True)
+        return failed
 
     def _run(
         self, request: Any, feeds: Mapping[str, Any], output_names: Sequence[str], run: int
@@ -139,6 +172,8 @@ class _OpenVinoModel:
         try:
             for name, array in feeds.items():
                 at, datatype = self._input_at[name]
+                if array.ndim in self._loose_scalars.get(name, ()) and array.size == 1:
+                    array = array.reshape(())
                 request.set_input_tensor(at, _tensor(array, datatype))
         except KeyError as e:
             raise RunFailed(Code.INVALID_ARGUMENT, "UNKNOWN_INPUT", f"the model has no input {e}") from None
@@ -147,8 +182,8 @@ class _OpenVinoModel:
         try:
             self._infer(request, sum([array.nbytes for array in feeds.values()]))
             return [self._output(request, name) for name in output_names]
-        except Exception as e:
-            raise self._run_failed(e, run) from e
+        except Exception as e:  # noqa: BLE001 - whatever its kind, the run has failed, and is answered so
+            raise _Spoiled(self._run_failed(e, run)) from None
 
     def _forget_inputs(self, request: Any) -> None:
         # The request keeps the last tensors, and with them the memory under them.
@@ -207,6 +242,22 @@ class _OpenVinoModel:
         return RunFailed(Code.INTERNAL, "RUNTIME_ERROR", text)
 
 
+class _Spoiled(Exception):
+    """A run began and did not end well."""
+
+    def __init__(self, failed: RunFailed) -> None:
+        super().__init__(failed.message)
+        self.failed = failed
+
+
+def _requests(compiled: Any, count: int) -> SimpleQueue[Any]:
+    """Infer requests that no run uses."""
+    idle: SimpleQueue[Any] = SimpleQueue()
+    for _ in range(count):
+        idle.put(compiled.create_infer_request())
+    return idle
+
+
 class OpenVino:
     """See `base.Runtime`."""
 
@@ -238,7 +289,9 @@ class OpenVino:
         return _OpenVinoModel(
             model,
             compiled,
+            partial(_compile, request),
             metadata=_metadata(model, request),
+            names=_dim_names(request),
             device=request.device,
             precision=_precision(compiled, request),
             threads=request.threads,
@@ -287,6 +340,26 @@ def _read(core: Any, request: LoadRequest) -> Any:
     # The frontend by name: read_model would offer a broken file to every parser that it has.
     frontend = FrontEndManager().load_by_framework("onnx")
     return frontend.convert(frontend.load(request.path))
+
+
+def _compile(request: LoadRequest) -> Any:
+    core = ov.Core()
+    return core.compile_model(_read(core, request), request.device, _properties(request))
+
+
+def _dim_names(request: LoadRequest) -> dict[str, tuple[str | None, ...]]:
+    """What an ONNX file calls its free dimensions, which OpenVINO forgets."""
+    if request.format != "onnx":
+        return {}
+    try:
+        graph = read_graph(request.path)
+    except ValueError:
+        return {}
+    return {
+        value.name: tuple(dim if isinstance(dim, str) else None for dim in value.shape)
+        for value in (*graph.inputs, *graph.outputs)
+        if value.shape is not None
+    }
 
 
 def _properties(request: LoadRequest) -> dict[str, Any]:
@@ -397,6 +470,30 @@ def _refuse_wide(name: str, array: Any) -> None:
         )
 
 
+def _loose_scalars(model: Any, specs: Sequence[TensorSpec]) -> dict[str, frozenset[int]]:
+    """For each scalar input the ranks at which one element is answered as the scalar is.
+
+    ONNX Runtime takes one element of any rank and computes with that rank; a compiled model here takes the
+    declared shape alone. So a rank is taken where it leaves the shapes of all outputs as they are, and is
+    refused where the answer would be another than ONNX Runtime's.
+    """
+    found: dict[str, frozenset[int]] = {}
+    declared = [port.get_partial_shape() for port in model.outputs]
+    for at, spec in enumerate(specs):
+        if spec.shape != ():
+            continue
+        ranks = set()
+        for rank in range(1, LOOSE_RANK_MAX + 1):
+            copy = model.clone()
+            # Operators that want a scalar there raise.
+            with contextlib.suppress(RuntimeError):
+                copy.reshape({at: ov.PartialShape([1] * rank)})
+                if [port.get_partial_shape() for port in copy.outputs] == declared:
+                    ranks.add(rank)
+        found[spec.name] = frozenset(ranks)
+    return found
+
+
 def _input_name(port: Any) -> str:
     names = sorted(port.get_names())
     friendly = port.get_node().get_friendly_name()
@@ -412,12 +509,17 @@ def _output_name(port: Any, inputs: Any) -> str:
     return str(min(names, key=lambda n: (n in inputs, n)))
 
 
-def _spec(port: Any, name: str, kind: str) -> TensorSpec:
+def _spec(port: Any, name: str, names: Mapping[str, tuple[str | None, ...]]) -> TensorSpec:
     datatype = _DATATYPES[port.get_element_type().get_type_name()]
-    shape = port.get_partial_shape()
-    if shape.rank.is_dynamic:
+    partial_shape = port.get_partial_shape()
+    if partial_shape.rank.is_dynamic:
         return TensorSpec(name, datatype, None)
-    return TensorSpec(name, datatype, tuple(-1 if d.is_dynamic else d.get_length() for d in shape))
+    shape = tuple(-1 if d.is_dynamic else d.get_length() for d in partial_shape)
+    called = names.get(name, ())
+    if len(called) != len(shape):
+        return TensorSpec(name, datatype, shape)
+    free = tuple(text if dim < 0 else None for text, dim in zip(called, shape))  # noqa: B905 - as long, see above
+    return TensorSpec(name, datatype, shape, dim_names=free)
 
 
 def _metadata(model: Any, request: LoadRequest) -> dict[str, str]:

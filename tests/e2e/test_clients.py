@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
+import onnxruntime as ort
 import pytest
 
 from edged import AsyncClient, Client, InferenceSession, errors
+from edged.binding import OrtValue
 from tests import zoo
 from tests.e2e.harness import WAIT_S, Daemon, ones, running_daemon, until, whole_number
 
@@ -23,6 +26,8 @@ MODELS = {
     "words.onnx": zoo.string_concat(),
     "zipmap.onnx": zoo.zipmap(("cat", "dog")),
     "big.onnx": zoo.identity("FP32"),
+    "rate.onnx": zoo.scalar_rate(echo=True),
+    "half.onnx": zoo.identity("BF16"),
 }
 
 
@@ -55,10 +60,65 @@ def test_arrays_lists_and_strings_go_there_and_back(client: Client) -> None:
     big = np.arange(1_000_000, dtype=np.float32)
     assert (client.infer("big", {"x": big})["y"] == big).all()
     assert (client.infer("big", {"x": big[::-2]})["y"] == big[::-2]).all()
-    words = client.infer("words", {"a": ["grü", ""], "b": [b"n", "x"]})["y"]
-    assert [w.decode() if isinstance(w, bytes) else w for w in words.tolist()] == ["grün", "x"]
+    feeds = {"a": ["grü", ""], "b": [b"n", "x"]}
+    assert client.infer("words", feeds)["y"].tolist() == ["grün", "x"]
+    assert client.infer("words", feeds, decode_strings=False)["y"].tolist() == ["grün".encode(), b"x"]
     maps = client.infer("zipmap", {"x": np.ones((2, 4), np.float32)})["probabilities"]
     assert len(maps) == 2
+
+
+def test_an_array_alone_is_the_only_input(daemon: Daemon, client: Client) -> None:
+    """By the lane, by ZeroMQ, in a lease, as a list; of several inputs the error names them."""
+    x = np.float32([[1, 2, 3, 4]])
+    with Client(daemon.endpoint, timeout=WAIT_S, fast=False) as plain:
+        for asked in (client, plain):
+            for given in (x, x.tolist(), memoryview(x)):
+                assert asked.infer("numbered", given)["sum"].tolist() == [[11.0]]
+            assert asked.submit("numbered", x).result()["sum"].tolist() == [[11.0]]
+            big = np.arange(1_000_000, dtype=np.float32)
+            assert (asked.infer("big", big)["y"] == big).all()
+            with pytest.raises(errors.InvalidArgument, match="expected FP32, got FP64"):
+                asked.infer("numbered", x.astype(np.float64))
+            for several in (x, [1.0, 2.0], [x, np.array(2)]):
+                with pytest.raises(errors.InvalidArgument, match=r"'x'.*'sr'") as caught:
+                    asked.infer("rate", several)
+                assert caught.value.reason == "INPUT_NOT_NAMED"
+    with client.lease(1 << 20) as lease:
+        leased = lease.array(100_000)
+        leased[:] = 3
+        assert (client.infer("big", leased)["y"] == leased).all()
+
+    async def run() -> float:
+        async with AsyncClient(daemon.endpoint, timeout=WAIT_S) as asking:
+            return float((await asking.infer("numbered", x))["sum"][0, 0])
+
+    assert asyncio.run(run()) == 11.0
+
+
+def test_one_element_is_a_scalar_as_it_is_for_onnx_runtime(daemon: Daemon, client: Client) -> None:
+    """Where the model declares one, and answers in the shapes that ONNX Runtime gives; never the reverse."""
+    theirs = ort.InferenceSession(zoo.scalar_rate(echo=True).SerializeToString())
+    x = np.float32([[16000, 8000], [4000, 2000]])
+    with InferenceSession("rate", endpoint=daemon.endpoint) as ours:
+        for sr in (np.array(16000), np.array([16000]), np.array([[16000]]), np.array([[[16000]]]), [16000]):
+            got, want = (session.run(None, {"x": x, "sr": sr}) for session in (ours, theirs))
+            for value, wanted in zip(got, want, strict=True):
+                np.testing.assert_array_equal(value, wanted, strict=True)
+        for sr in (np.array([], np.int64), np.array([1, 2])):
+            with pytest.raises(errors.InvalidArgument, match=r"expected 0 dimensions \[\]"):
+                ours.run(None, {"x": x, "sr": sr})
+    with pytest.raises(errors.InvalidArgument, match="expected 1 dimension"):
+        client.infer("big", np.array(1, np.float32))
+
+
+def test_a_result_is_an_answer_of_a_web_handler(client: Client) -> None:
+    """Strict JSON, whatever the model gives."""
+    maps = client.infer("zipmap", np.ones((1, 4), np.float32)).to_dict()
+    assert json.loads(json.dumps(maps, allow_nan=False)) == maps
+    assert set(maps["probabilities"][0]) == {"cat", "dog"}
+    assert maps["label"][0] in ("cat", "dog")
+    assert client.infer("big", np.float32([np.nan, 1])).to_dict() == {"y": ["NaN", 1.0]}
+    assert client.infer("half", [1.5, 2]).to_dict() == {"y": [1.5, 2.0]}
 
 
 def test_each_code_is_an_exception_of_its_own(client: Client) -> None:
@@ -142,8 +202,6 @@ def test_the_asyncio_client_does_the_same(daemon: Daemon) -> None:
 
 def test_a_session_stands_in_for_onnx_runtime_s(daemon: Daemon) -> None:
     """The same numbers, names and shapes as the library gives."""
-    import onnxruntime as ort
-
     session = InferenceSession("mlp", endpoint=daemon.endpoint)
     real = ort.InferenceSession(zoo.mlp().SerializeToString(), providers=["CPUExecutionProvider"])
     assert [(i.name, i.type) for i in session.get_inputs()] == [(i.name, i.type) for i in real.get_inputs()]
@@ -151,6 +209,48 @@ def test_a_session_stands_in_for_onnx_runtime_s(daemon: Daemon) -> None:
     x = np.random.default_rng(1).normal(size=(3, 64)).astype(np.float32)
     np.testing.assert_allclose(session.run(None, {"x": x})[0], real.run(None, {"x": x})[0], rtol=1e-5)
     assert session.get_providers()
+
+
+def test_io_binding_reads_at_the_run_and_writes_where_it_was_told(daemon: Daemon) -> None:
+    """Step by step beside ONNX Runtime's own: arrays, memory at an address, OrtValues of both makes."""
+    theirs = ort.InferenceSession(zoo.scalar_rate(echo=True).SerializeToString())
+    ours = InferenceSession("rate", endpoint=daemon.endpoint)
+    for session, values in ((ours, OrtValue), (theirs, ort.OrtValue), (ours, ort.OrtValue)):
+        x, y = np.float32([[1, 2], [3, 4]]), np.zeros((2, 2), np.float32)
+        binding = session.io_binding()
+        binding.bind_cpu_input("sr", np.array([2]))
+        binding.bind_cpu_input("x", x)
+        binding.bind_output("y")
+        binding.bind_output("rate", "cpu")
+        x[0, 0] = 10
+        session.run_with_iobinding(binding)
+        first, rate = binding.copy_outputs_to_cpu()
+        assert (first.tolist(), rate.tolist()) == ([[5, 1], [1.5, 2]], [2])
+        assert [value.shape() for value in binding.get_outputs()] == [[2, 2], [1]]
+        (value, _) = binding.get_outputs()
+        assert (value.data_type(), value.element_type(), value.device_name()) == ("tensor(float)", 1, "cpu")
+        binding.clear_binding_outputs()
+        assert binding.copy_outputs_to_cpu() == []
+
+        binding.bind_input("x", "cpu", 0, np.float32, x.shape, x.ctypes.data)
+        binding.bind_output("y", "cpu", 0, np.float32, y.shape, y.ctypes.data)
+        binding.synchronize_inputs()
+        session.run_with_iobinding(binding, None)
+        binding.synchronize_outputs()
+        assert y.tolist() == [[5, 1], [1.5, 2]]
+
+        into = values.ortvalue_from_numpy(np.zeros((2, 2), np.float32))
+        binding.bind_ortvalue_input("x", values.ortvalue_from_numpy(np.float32([[1, 1], [1, 1]])))
+        binding.bind_ortvalue_output("y", into)
+        session.run_with_iobinding(binding)
+        assert into.numpy().tolist() == [[0.5, 0.5], [0.5, 0.5]]
+        into.update_inplace(np.ones((2, 2), np.float32))
+        assert into.numpy().tolist() == [[1, 1], [1, 1]]
+
+        small = values.ortvalue_from_shape_and_type([1, 2], np.float32)
+        binding.bind_ortvalue_output("y", small)
+        with pytest.raises((errors.InvalidArgument, RuntimeError), match=r"shape|OUTPUT_DOES_NOT_FIT"):
+            session.run_with_iobinding(binding)
 
 
 def test_a_client_lives_through_a_restart_of_the_daemon(tmp_path: Path) -> None:
