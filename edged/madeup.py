@@ -1,0 +1,139 @@
+"""The inputs that a model is measured with: whose, of which sizes, and what the model said to them.
+
+For the worker's side. In this order: what the owner gave for this measurement, golden samples, the sizes that
+requests really had, typical ones. A size that is made up may be one that the model refuses: that condemns
+nobody, the next is tried, and it is said. Where nothing but free dimensions of 1 is left, the model is still
+run, and nothing is decided by it. Runs on Python 3.10 too.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from edged.agreement import NoInputs, Sample, synthetic_inputs
+from edged.runtimes.base import Model, RunFailed
+from edged.sizes import LEAST, MEASURED_MAX, Shapes, fit, have_free, shapes_text
+from edged.tensors import TensorSpec
+from edged.typical import least, typical
+
+__all__ = ["Choice", "choose", "made_up_samples", "shapes_of", "sizes_to_try"]
+
+MORE_S = 1.0
+"""After which no further size is tried: a slow model is compared at one, so that its timing still gets a turn."""
+
+KINDS = ("ones", "normal")
+"""The values of made-up inputs, as `agreement` has them."""
+
+_GUESSES = ("owner", "typical", LEAST)
+"""Sources whose sizes stand in for each other: the first that the model takes will do."""
+
+_NOTE_MAX = 200
+"""Characters of what is said about refused sizes."""
+
+
+@dataclass
+class Choice:
+    """The inputs to measure with, in the order in which they count."""
+
+    samples: list[Sample] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    """Of each sample, a word of `sizes.SOURCES`."""
+    refused: list[str] = field(default_factory=list)
+    """Sizes that the model did not take, and what it said."""
+    made_up: bool = False
+    """Whether made-up inputs are among them."""
+
+    def add(self, source: str, *samples: Sample) -> None:
+        """Takes samples of one source."""
+        self.samples += samples
+        self.sources += [source] * len(samples)
+
+    def size_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What is told of the size of these inputs, which are one of the samples'."""
+        at = next(n for n, sample in enumerate(self.samples) if sample.inputs is inputs)
+        shapes = {name: list(shape) for name, shape in shapes_of(inputs).items()}
+        return {"source": self.sources[at], "shapes": shapes, "note": "; ".join(self.refused)[:_NOTE_MAX]}
+
+
+def made_up_samples(
+    specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]], kinds: Sequence[str] = KINDS
+) -> list[Sample]:
+    """A sample of each kind with inputs of these shapes. Raises NoInputs for what cannot be made up."""
+    return [Sample(kind, synthetic_inputs(specs, kind, shapes=shapes), {}) for kind in kinds]
+
+
+def sizes_to_try(specs: Sequence[TensorSpec], settings: Mapping[str, Any]) -> list[tuple[str, Shapes]]:
+    """(source, shapes) to make inputs up with, the best first and the least telling last.
+
+    `settings` may have `owner_shapes`, of some inputs or all, and `shapes`, those that requests had most.
+    """
+    if not have_free(specs):
+        return [("declared", least(specs))]
+    owner = settings.get("owner_shapes")
+    if owner:
+        return [("owner", shapes) for shapes in typical(specs, owner)]
+    asked = [{name: tuple(shape) for name, shape in shapes.items()} for shapes in settings.get("shapes") or ()]
+    sizes = [("requests", shapes) for shapes in asked if fit(shapes, specs)][:MEASURED_MAX]
+    sizes += [("typical", shapes) for shapes in typical(specs)]
+    return [*sizes, (LEAST, least(specs))]
+
+
+def shapes_of(inputs: Mapping[str, Any]) -> Shapes:
+    """The shapes of arrays."""
+    return {name: tuple(np.shape(value)) for name, value in inputs.items()}
+
+
+def choose(
+    model: Model,
+    golden: Sequence[Sample],
+    settings: Mapping[str, Any],
+    owner_inputs: Mapping[str, Any] | None = None,
+) -> Choice:
+    """What to compare and time a model with, which is run to find out what it takes.
+
+    Values beside given ones are made up at the same size, and at the others that requests had: runtimes that
+    agree at one may not at another. Without any of these the first size that the model takes must do. Raises
+    RunFailed where the process is not fit to go on.
+    """
+    choice = Choice()
+    if owner_inputs is not None:
+        choice.add("owner", Sample("the inputs that its owner gave", owner_inputs, {}))
+    choice.add("golden", *golden)
+    sizes = sizes_to_try(model.inputs, settings)
+    if choice.samples:
+        first = choice.sources[0], shapes_of(choice.samples[0].inputs)
+        sizes = [first, *(size for size in sizes if size[0] == "requests" and size[1] != first[1])]
+    began_s = time.monotonic()
+    for source, shapes in sizes:
+        if choice.made_up and (source in _GUESSES or time.monotonic() - began_s > MORE_S):
+            break
+        _try(model, source, shapes, choice)
+    return choice
+
+
+def _try(model: Model, source: str, shapes: Shapes, choice: Choice) -> None:
+    """Adds the made-up inputs of one size that the model takes."""
+    names = [spec.name for spec in model.outputs]
+    where = f" at {shapes_text(shapes)}" if choice.made_up else ""
+    taken, why = [], ""
+    try:
+        for sample in made_up_samples(model.inputs, shapes):
+            try:
+                model.run(sample.inputs, names)
+                taken.append(Sample(f"{sample.name}{where}", sample.inputs, {}))
+            except RunFailed as e:
+                if e.fatal:
+                    raise
+                why = e.message
+    except NoInputs as e:
+        why = str(e)
+    if taken:
+        choice.add(source, *taken)
+        choice.made_up = True
+    else:
+        choice.refused.append(f"{shapes_text(shapes)} was refused: {why}")
