@@ -6,6 +6,7 @@ queued. `parts` collects the pieces of leased memory that were named, for the ca
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from edged.errors import InvalidArgument
@@ -14,10 +15,11 @@ from edged.instances import Instance
 from edged.messages import InputTensor, RegionPart, TensorData
 from edged.regions import Regions
 from edged.scheduler import ShapeKey
-from edged.tensors import ITEM_BYTES, check_shape, shape_text
+from edged.sizes import are_shapes
+from edged.tensors import ITEM_BYTES, check_shape, element_count, shape_text
 from edged.wire import cut, input_data, leased_input, region_reference
 
-__all__ = ["checked_inputs", "checked_outputs", "rows_and_key"]
+__all__ = ["checked_inputs", "checked_outputs", "checked_shapes", "rows_and_key"]
 
 
 def checked_inputs(
@@ -29,11 +31,7 @@ def checked_inputs(
     for tensor in event.request.inputs:
         spec = specs.get(tensor.name)
         if spec is None:
-            raise InvalidArgument(
-                f"model '{instance.name}' has no input '{cut(tensor.name)}'; it has "
-                + ", ".join(f"'{n}'" for n in specs),
-                reason="UNKNOWN_INPUT",
-            )
+            raise _unknown_input(instance, tensor.name)
         if tensor.datatype != spec.datatype:
             raise InvalidArgument(
                 f"input '{tensor.name}': expected {spec.datatype}, got {tensor.datatype}",
@@ -107,6 +105,39 @@ def checked_outputs(
         into = into or {}
         into[ref.name] = part
     return names, into
+
+
+def checked_shapes(instance: Instance, wire: object, *, bytes_max: int) -> dict[str, list[int]]:
+    """The shapes that an owner wants some of a model's inputs to have, `{name: [dimension, …]}`."""
+    if not isinstance(wire, Mapping) or not are_shapes(wire):
+        raise InvalidArgument(
+            "shapes must be a map of an input's name to a list of its dimensions", reason="BAD_PARAMETER"
+        )
+    found: dict[str, list[int]] = {}
+    nbytes = 0
+    for name, shape in wire.items():
+        spec = instance.inputs.get(name)
+        if spec is None:
+            raise _unknown_input(instance, name)
+        check_shape(spec, shape)
+        count = element_count(cut(name), shape)
+        nbytes += count * ITEM_BYTES.get(spec.datatype, 1)
+        if not count or nbytes > bytes_max:
+            most = f"more than the {bytes_max} bytes of limits.message_bytes" if count else "no element"
+            raise InvalidArgument(
+                f"input '{cut(name)}': shape {shape_text(shape)} has {most}; name one that requests may have",
+                reason="BAD_SHAPE",
+            )
+        found[name] = list(shape)
+    return found
+
+
+def _unknown_input(instance: Instance, name: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"model '{instance.name}' has no input '{cut(name)}'; it has "
+        + ", ".join(f"'{n}'" for n in instance.inputs),
+        reason="UNKNOWN_INPUT",
+    )
 
 
 def rows_and_key(inputs: list[TensorData], outputs: list[str] | None) -> tuple[int, ShapeKey | None]:

@@ -24,7 +24,7 @@ from edged.typical import least, typical
 __all__ = ["Choice", "choose", "made_up_samples", "shapes_of", "sizes_to_try"]
 
 MORE_S = 1.0
-"""After which no further size is tried: a slow model is compared at one, so that its timing still gets a turn."""
+"""After which no further size is tried: of a slow model's limit something must be left to time it in."""
 
 KINDS = ("ones", "normal")
 """The values of made-up inputs, as `agreement` has them."""
@@ -77,8 +77,10 @@ def sizes_to_try(specs: Sequence[TensorSpec], settings: Mapping[str, Any]) -> li
     owner = settings.get("owner_shapes")
     if owner:
         return [("owner", shapes) for shapes in typical(specs, owner)]
-    asked = [{name: tuple(shape) for name, shape in shapes.items()} for shapes in settings.get("shapes") or ()]
-    sizes = [("requests", shapes) for shapes in asked if fit(shapes, specs)][:MEASURED_MAX]
+    sizes: list[tuple[str, Shapes]] = []
+    for shapes in settings.get("shapes") or ():
+        if fit(shapes, specs) and len(sizes) < MEASURED_MAX:
+            sizes.append(("requests", {name: tuple(shape) for name, shape in shapes.items()}))
     sizes += [("typical", shapes) for shapes in typical(specs)]
     return [*sizes, (LEAST, least(specs))]
 

@@ -406,6 +406,8 @@ class Runs:
             total_ns=int((now_s - job.arrived_s) * 1e9),
             epoch_ms=int((now_s + self.epoch_offset_s) * 1000),
         )
+        if instance.sizes is not None:
+            instance.sizes.note(job.inputs, job.peer.uid)
         self.counters["inferences"] += 1
         info = instance.info
         parameters = {

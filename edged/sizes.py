@@ -198,7 +198,7 @@ class SizeTable:
 
     @classmethod
     def from_wire(cls, wire: object) -> SizeTable:
-        """From a book that this or another version of edged wrote; what is none of its records is left out."""
+        """From a book that this or another version of edged wrote; what is no record is left out."""
         table = cls()
         for record in wire if isinstance(wire, list) else []:
             if is_record(record) and len(table._places) < PLACES:

@@ -337,14 +337,19 @@ def _warm_up(
     sizes = madeup.sizes_to_try(model.inputs, settings)
     asked = [shapes for source, shapes in sizes if source == "requests"]
     guesses = [shapes for source, shapes in sizes if source == "typical"]
+    smallest = sizes[-1][1]
     warm = _Warmed(note="there is no size to warm up at")
-    for shapes in (*asked, sizes[-1][1], *reversed(guesses)):
+    for shapes in (*asked, smallest, *reversed(guesses)):
         try:
             warm = _warm_up_on(
                 model, agreement.synthetic_inputs(model.inputs, "ones", shapes=shapes), runs, cancel
             )
         except agreement.NoInputs as e:
             warm = _Warmed(note=str(e))
+        except LoadFailed as e:
+            if e.reason != "MEMORY_LIMIT" or shapes == smallest:
+                raise
+            warm = _Warmed(note=e.message)
         if warm.note is None:
             break
     return warm
