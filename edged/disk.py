@@ -192,10 +192,8 @@ class Disk:
             except StoreError as e:
                 # A full disk is no reason not to serve: only a machine that dies of this load is not told on.
                 self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
-            choice, sizes = (
-                self.store.recall_choice(effect.choice_key),
-                self.store.recall_sizes(effect.digest),
-            )
+            choice = self.store.recall_choice(effect.choice_key)
+            sizes = self.store.recall_sizes(effect.digest)
             return [LoadPrepared(effect.instance, choice, sizes)]
 
         self._helper.give(task, otherwise=[LoadPrepared(effect.instance, None)])
