@@ -17,7 +17,7 @@ import numpy as np
 
 from edged.agreement import NoInputs, Sample, synthetic_inputs
 from edged.runtimes.base import Model, RunFailed
-from edged.sizes import LEAST, MEASURED_MAX, Shapes, fit, have_free, shapes_text
+from edged.sizes import LEAST, MEASURED_MAX, Shapes, fit, have_free, shapes_text, told
 from edged.tensors import TensorSpec
 from edged.typical import least, typical
 
@@ -56,7 +56,7 @@ class Choice:
     def size_of(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """What is told of the size of these inputs, which are one of the samples'."""
         at = next(n for n, sample in enumerate(self.samples) if sample.inputs is inputs)
-        shapes = {name: list(shape) for name, shape in shapes_of(inputs).items()}
+        shapes = told(shapes_of(inputs))
         return {"source": self.sources[at], "shapes": shapes, "note": "; ".join(self.refused)[:_NOTE_MAX]}
 
 

@@ -33,6 +33,7 @@ __all__ = [
     "is_size",
     "shapes_text",
     "size_text",
+    "told",
 ]
 
 Shapes = dict[str, tuple[int, ...]]
@@ -224,7 +225,6 @@ def are_shapes(wire: object) -> bool:
     """Whether this names a shape for each of some inputs, within the bounds of what is kept."""
     return (
         isinstance(wire, Mapping)
-        and bool(wire)
         and all(type(name) is str and type(dims) in (list, tuple) for name, dims in wire.items())
         and all(type(d) is int and 0 <= d <= _DIMENSION_MAX for dims in wire.values() for d in dims)
         and sum(1 + len(dims) for dims in wire.values()) <= DIMENSIONS_MAX
@@ -235,10 +235,23 @@ def is_size(wire: object) -> bool:
     """Whether this is a size as a measurement tells it: `{source, shapes, note}`."""
     return (
         isinstance(wire, Mapping)
-        and wire.get("source") in SOURCES
+        and type(wire.get("source")) is str
+        and wire["source"] in SOURCES
         and are_shapes(wire.get("shapes"))
         and type(wire.get("note")) is str
     )
+
+
+def told(shapes: Mapping[str, Sequence[int]]) -> dict[str, list[int]]:
+    """As many of these shapes as may be kept and sent, the first ones."""
+    found: dict[str, list[int]] = {}
+    left = DIMENSIONS_MAX
+    for name, dims in shapes.items():
+        left -= 1 + len(dims)
+        if left < 0:
+            break
+        found[name] = list(dims)
+    return found
 
 
 def have_free(specs: Iterable[TensorSpec]) -> bool:
@@ -262,6 +275,8 @@ def _fits(have: Sequence[int], want: Sequence[int] | None) -> bool:
 
 def shapes_text(shapes: Mapping[str, Sequence[int]]) -> str:
     """`image [1,3,640,640], scale [1]`."""
+    if not shapes:
+        return "no inputs"
     named = [f"{name} {shape_text(dims)}" for name, dims in list(shapes.items())[:_NAMED_MAX]]
     more = len(shapes) - len(named)
     return ", ".join(named) + (f" and {more} more" if more else "")
