@@ -213,7 +213,7 @@ class Chooser:
     ) -> None:
         self._ids += 1
         self._running = _Measurement(self._ids, instance, setup, now_s + LIMIT_S, tune)
-        if tune is None and instance.measured_shapes is None:
+        if tune is None and not instance.measured:
             instance.measured_shapes = instance.sizes.most() if instance.sizes else []
         spec = self._workers.measure_spec(
             instance,
@@ -260,7 +260,7 @@ class Chooser:
                 and instance.sizes
                 and instance.sizes.count >= REQUESTS_MIN
             ):
-                instance.settled, instance.measured_shapes = False, None
+                instance.settled = False
                 instance.measured.clear()
                 if not instance.pinned:
                     instance.choice = "default"

@@ -217,8 +217,8 @@ class Instance:
     """The measurers' results."""
     sizes: SizeTable | None = field(default_factory=SizeTable)
     """The sizes that its requests had; None where the model leaves none open."""
-    measured_shapes: list[dict[str, list[int]]] | None = None
-    """Those at which it is being measured: all its setups at the same."""
+    measured_shapes: list[dict[str, list[int]]] = field(default_factory=list)
+    """Those that its requests had when its first setup was measured: the others are at the same."""
     makes_room: bool = False
     """The version before was ended for its sake: it waits for no more memory."""
 

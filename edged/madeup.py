@@ -29,9 +29,6 @@ MORE_S = 1.0
 KINDS = ("ones", "normal")
 """The values of made-up inputs, as `agreement` has them."""
 
-_GUESSES = ("owner", "typical", LEAST)
-"""Sources whose sizes stand in for each other: the first that the model takes will do."""
-
 _NOTE_MAX = 200
 """Characters of what is said about refused sizes."""
 
@@ -103,19 +100,35 @@ def choose(
     RunFailed where the process is not fit to go on.
     """
     choice = Choice()
+    began_s = time.monotonic()
+    sizes = sizes_to_try(model.inputs, settings)
     if owner_inputs is not None:
         choice.add("owner", Sample("the inputs that its owner gave", owner_inputs, {}))
+    elif settings.get("owner_shapes"):
+        _try_first(model, sizes, choice)
+        if not choice.samples:
+            return choice
     choice.add("golden", *golden)
-    sizes = sizes_to_try(model.inputs, settings)
-    if choice.samples:
+    if not choice.samples:
+        asked = [size for size in sizes if size[0] == "requests"]
+        guesses = [size for size in sizes if size[0] != "requests"]
+    else:
         first = choice.sources[0], shapes_of(choice.samples[0].inputs)
-        sizes = [first, *(size for size in sizes if size[0] == "requests" and size[1] != first[1])]
-    began_s = time.monotonic()
-    for source, shapes in sizes:
-        if choice.made_up and (source in _GUESSES or time.monotonic() - began_s > MORE_S):
-            break
-        _try(model, source, shapes, choice)
+        asked = [size for size in sizes if size[0] == "requests" and size[1] != first[1]]
+        asked = asked if choice.made_up else [first, *asked]
+        guesses = []
+    for source, shapes in asked:
+        if not choice.made_up or time.monotonic() - began_s < MORE_S:
+            _try(model, source, shapes, choice)
+    _try_first(model, guesses, choice)
     return choice
+
+
+def _try_first(model: Model, sizes: Sequence[tuple[str, Shapes]], choice: Choice) -> None:
+    """Adds the first of these sizes that the model takes, unless some made-up inputs are there already."""
+    for source, shapes in sizes:
+        if not choice.made_up:
+            _try(model, source, shapes, choice)
 
 
 def _try(model: Model, source: str, shapes: Shapes, choice: Choice) -> None:

@@ -301,6 +301,18 @@ def test_all_setups_of_a_model_are_measured_at_the_same_sizes() -> None:
     assert measure.spec["shapes"] == [{"x": [5]}]
 
 
+def test_a_measurement_that_requests_stopped_is_made_again_at_theirs() -> None:
+    """One that began before anybody asked had nothing to go by; it has no result to be compared with."""
+    world = idle_world()
+    (measure,) = world.measures.values()
+    assert measure.spec["shapes"] == []
+    asked(world, 1, 5)
+    assert not world.measures
+    world.pass_time(2 * IDLE_FIRST_S + 0.5)
+    (measure,) = world.measures.values()
+    assert measure.spec["shapes"] == [{"x": [5]}]
+
+
 def test_sizes_outlive_the_daemon_and_another_content() -> None:
     """Written within a second and when it stops; a new content begins with those that fit it."""
     world = serving_world()
@@ -350,7 +362,7 @@ def test_a_choice_at_guessed_sizes_is_made_again_when_requests_have_told_theirs(
     assert not world.measures
     asked(world, 1, 4)
     world.send(Sampled(sample()))
-    world.pass_time(100.0)
+    world.pass_time(2 * IDLE_FIRST_S)
     (measure,) = world.measures.values()
     assert measure.spec["shapes"] == [{"x": [4]}]
     world.measured(**FASTER, size=at(4))
