@@ -145,7 +145,7 @@ def test_a_model_that_serves_is_explained_and_nothing_is_to_be_typed() -> None:
             },
             [
                 "measured: openvino on CPU: 400 µs against 800 µs, at x [1,1], with free dimensions of 1, "
-                "which decides nothing (p50); its answers agree (nothing is decided at free dimensions of 1)\n"
+                "which decides nothing (p50); its answers agree (nothing is decided at free dimensions of 1)"
             ],
         ),
         (
