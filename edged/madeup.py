@@ -1,9 +1,9 @@
-"""The inputs that a model is measured with: whose, of which sizes, and what the model said to them.
+"""The inputs that a model is measured with: where they come from, of which sizes, and which it refused.
 
 For the worker's side. In this order: what the owner gave for this measurement, golden samples, the sizes that
-requests really had, typical ones. A size that is made up may be one that the model refuses: that condemns
-nobody, the next is tried, and it is said. Where nothing but free dimensions of 1 is left, the model is still
-run, and nothing is decided by it. Runs on Python 3.10 too.
+requests really had, typical ones. A model may refuse a made-up size: that says nothing against it, the next
+one is tried, and the refusal is reported. If only free dimensions of 1 are left the model is still run, but
+nothing is decided by it. Runs on Python 3.10 too.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from edged.typical import least, typical
 __all__ = ["Choice", "choose", "made_up_samples", "shapes_of", "sizes_to_try"]
 
 MORE_S = 1.0
-"""After which no further size is tried: of a slow model's limit something must be left to time it in."""
+"""After which no further size is tried: a slow model needs what is left of the limit to be timed in."""
 
 KINDS = ("ones", "normal")
 """The values of made-up inputs, as `agreement` has them."""
@@ -92,12 +92,14 @@ def choose(
     golden: Sequence[Sample],
     settings: Mapping[str, Any],
     owner_inputs: Mapping[str, Any] | None = None,
+    *,
+    more_s: float = MORE_S,
 ) -> Choice:
     """What to compare and time a model with, which is run to find out what it takes.
 
-    Values beside given ones are made up at the same size, and at the others that requests had: runtimes that
-    agree at one may not at another. Without any of these the first size that the model takes must do. Raises
-    RunFailed where the process is not fit to go on.
+    Beside given samples, values are made up at the same size and at those that requests had: runtimes that
+    agree at one size may not at another. Without any of these the first typical size that the model takes
+    must do. Raises RunFailed when the device is broken.
     """
     choice = Choice()
     began_s = time.monotonic()
@@ -118,7 +120,7 @@ def choose(
         asked = asked if choice.made_up else [first, *asked]
         guesses = []
     for source, shapes in asked:
-        if not choice.made_up or time.monotonic() - began_s < MORE_S:
+        if not choice.made_up or time.monotonic() - began_s < more_s:
             _try(model, source, shapes, choice)
     _try_first(model, guesses, choice)
     return choice

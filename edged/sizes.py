@@ -1,15 +1,15 @@
 """The sizes that a model's inputs really have, as far as its free dimensions leave them open.
 
-Pure, and for both sides: the supervisor counts the shapes that answered requests had, workers and people's
-tools are handed the most frequent ones, so that a model is measured on what it is used for. `typical` has
-what to take where nobody has asked yet.
+Pure, and for both sides: the supervisor counts the shapes that answered requests had; workers and edgectl get
+the most frequent ones, so that a model is measured on what it is used for. `typical` has what to take before
+anybody has asked.
 
-The table is small, and one client cannot have it for itself. A size that is in it is counted. A size that is
-not takes a free place; without one it takes a count off the weakest size there, and its place when nothing is
-left of that. So a client that sends a new size each time gets hold of one place and wears out nobody else's,
-and a size is pushed out only by one that is asked for as often. Nobody, by uid, brings more than half of the
-sizes: beyond that his new ones compete with his own. When one has been counted often enough all counts are
-halved, so what was true last year fades. Runs on Python 3.10 too.
+The table is small, and one client cannot fill it alone. A size that is in it is counted. A new size takes a
+free place. If there is none it takes one count off the weakest size, and its place once that count is zero.
+So a client that sends a new size each time holds a single place and displaces no other, and a size is pushed
+out only by one that is asked for as often. One uid brings at most half of the sizes; beyond that its new ones
+compete with its own. When one size has been counted `COUNT_MAX` times all counts are halved, so old habits
+fade. Runs on Python 3.10 too.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ class SizeTable:
 
     def __init__(self) -> None:
         self._places: dict[_Key, list[int]] = {}
-        """[count, uid of who brought it] of each size."""
+        """[count, uid that brought it] of each size."""
         self._saved: list[_Key] = []
         self._saved_count = 0
         self._next_save_s = -math.inf
@@ -103,7 +103,7 @@ class SizeTable:
         return len(self._places)
 
     def note(self, inputs: Sequence[_Tensor], uid: int) -> None:
-        """Counts the size of a request that was answered; the one thing here that is on its way."""
+        """Counts the size of a request that was answered. The only call here on a request's way."""
         key = tuple([(tensor.name, *tensor.shape) for tensor in inputs])
         place = self._places.get(key)
         if place is None:
@@ -177,10 +177,10 @@ class SizeTable:
     # ------------------------------------------------------------------ the book
 
     def to_save(self, now_s: float, *, last: bool = False) -> list[dict[str, Any]] | None:
-        """What to write now; None while that would tell the next start little that is new.
+        """What to write now; None while the next start would learn little that is new from it.
 
-        That is so while the order is as it was written and the counts have not doubled. `last` does not
-        wait for `SAVE_S` to pass.
+        A write is due when the order has changed or the counts have doubled, `SAVE_S` after the last one;
+        with `last`, at once.
         """
         if not self._places or (now_s < self._next_save_s and not last):
             return None

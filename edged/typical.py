@@ -1,9 +1,9 @@
 """Typical sizes of a model's free dimensions, where neither a request nor a golden sample tells them.
 
-Pure. A model that is made up inputs of 1 × 1 pixels for is measured on its overheads: the order of two
-runtimes there says nothing about pictures. So rank, datatype and what is fixed tell what such an input mostly
-is: a picture, tokens, sound, frames. One guess may be refused by a model whose layers need a multiple of 64,
-or know 16 positions; then the next is tried. Runs on Python 3.10 too.
+Pure. On an input of 1 × 1 pixels a model's overheads are measured, and which of two runtimes is faster there
+says nothing about pictures. Rank, datatype and the fixed dimensions tell what an input most likely is: a
+picture, tokens, sound, frames. A model may refuse a guess, because its layers need a multiple of 64 or know
+only 16 positions; then the next one is tried. Runs on Python 3.10 too.
 """
 
 from __future__ import annotations

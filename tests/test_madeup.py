@@ -84,6 +84,15 @@ def test_answers_are_compared_at_every_size_that_is_known() -> None:
     assert set(model.ran) == {(1, 3, 32, 40), (1, 3, 48, 80), (1, 3, 64, 64)}
 
 
+def test_a_slow_model_is_compared_at_the_first_size_only() -> None:
+    """The others would take the time that is there to measure it."""
+    asked = [{"x": [1, 3, 48, 80]}, {"x": [1, 3, 64, 64]}]
+    model = Picky(bool)
+    choice = choose(model, [], {"shapes": asked}, more_s=0.0)
+    assert choice.sources == ["requests", "requests"]
+    assert set(model.ran) == {(1, 3, 48, 80)}
+
+
 def test_owners_inputs_come_first_of_all() -> None:
     """With others made up at their size, since one answer proves nothing."""
     x = np.full((1, 3, 5, 7), 0.5, np.float32)
