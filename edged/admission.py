@@ -6,7 +6,7 @@ queued. `parts` collects the pieces of leased memory that were named, for the ca
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from itertools import islice
 from typing import Any
 
@@ -18,10 +18,11 @@ from edged.instances import Instance
 from edged.messages import InputTensor, RegionPart, TensorData
 from edged.regions import Regions
 from edged.scheduler import ShapeKey
-from edged.tensors import ITEM_BYTES, TensorSpec, check_shape, shape_text
+from edged.sizes import are_shapes
+from edged.tensors import ITEM_BYTES, TensorSpec, check_shape, element_count, shape_text
 from edged.wire import cut, input_data, leased_input, region_reference
 
-__all__ = ["checked_inputs", "checked_outputs", "rows_and_key"]
+__all__ = ["checked_inputs", "checked_outputs", "checked_shapes", "rows_and_key"]
 
 NAMES_MAX = 20
 """Of a model's inputs or outputs in an error; `model_metadata` has all."""
@@ -39,10 +40,7 @@ def checked_inputs(
             spec = _only_input(instance, event)
             tensor = msgspec.structs.replace(tensor, name=spec.name)
         if spec is None:
-            raise InvalidArgument(
-                f"model '{instance.name}' has no input '{cut(tensor.name)}'; it has {_some(specs)}",
-                reason="UNKNOWN_INPUT",
-            )
+            raise _unknown_input(instance, tensor.name)
         if tensor.datatype != spec.datatype:
             raise InvalidArgument(
                 f"input '{tensor.name}': expected {spec.datatype}, got {tensor.datatype}",
@@ -135,6 +133,38 @@ def _some(names: Collection[str]) -> str:
     """Names for people; all of them may be more than an answer has room for."""
     shown = ", ".join(f"'{cut(name)}'" for name in islice(names, NAMES_MAX))
     return shown if len(names) <= NAMES_MAX else f"{shown} and {len(names) - NAMES_MAX} more"
+
+
+def checked_shapes(instance: Instance, wire: object, *, bytes_max: int) -> dict[str, list[int]]:
+    """The shapes that an owner wants some of a model's inputs to have, `{name: [dimension, …]}`."""
+    if not isinstance(wire, Mapping) or not are_shapes(wire):
+        raise InvalidArgument(
+            "shapes must be a map of an input's name to a list of its dimensions", reason="BAD_PARAMETER"
+        )
+    found: dict[str, list[int]] = {}
+    nbytes = 0
+    for name, shape in wire.items():
+        spec = instance.inputs.get(name)
+        if spec is None:
+            raise _unknown_input(instance, name)
+        check_shape(spec, shape)
+        count = element_count(cut(name), shape)
+        nbytes += count * ITEM_BYTES.get(spec.datatype, 1)
+        if not count or nbytes > bytes_max:
+            most = f"more than the {bytes_max} bytes of limits.message_bytes" if count else "no element"
+            raise InvalidArgument(
+                f"input '{cut(name)}': shape {shape_text(shape)} has {most}; name one that requests may have",
+                reason="BAD_SHAPE",
+            )
+        found[name] = list(shape)
+    return found
+
+
+def _unknown_input(instance: Instance, name: str) -> InvalidArgument:
+    return InvalidArgument(
+        f"model '{instance.name}' has no input '{cut(name)}'; it has {_some(instance.inputs)}",
+        reason="UNKNOWN_INPUT",
+    )
 
 
 def rows_and_key(inputs: list[TensorData], outputs: list[str] | None) -> tuple[int, ShapeKey | None]:

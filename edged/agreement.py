@@ -214,8 +214,16 @@ def _comparable(array: Any) -> Any:
     return array
 
 
-def synthetic_inputs(specs: Sequence[TensorSpec], kind: str, *, seed: int = 0) -> dict[str, Any]:
-    """Made-up inputs with free dimensions of 1: `ones`, or `normal` with integers in {0, 1}.
+def synthetic_inputs(
+    specs: Sequence[TensorSpec],
+    kind: str,
+    *,
+    seed: int = 0,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> dict[str, Any]:
+    """Made-up inputs: `ones`, or `normal` with integers in {0, 1}.
+
+    Of these `shapes`; without one, a free dimension is 1 and an optional input is left out.
 
     Integers stay that small because they are often sizes: up to 100 they made one node take 2.2 GB.
     Raises NoInputs for a model that cannot be fed.
@@ -224,9 +232,10 @@ def synthetic_inputs(specs: Sequence[TensorSpec], kind: str, *, seed: int = 0) -
     rng = np.random.default_rng(seed) if kind == "normal" else None
     feeds: dict[str, Any] = {}
     for spec in specs:
-        if spec.optional:
+        given = None if shapes is None else shapes.get(spec.name)
+        if spec.optional and given is None:
             continue
-        shape = tuple(1 if d < 0 else d for d in spec.shape or ())
+        shape = tuple(1 if d < 0 else d for d in spec.shape or ()) if given is None else tuple(given)
         if math.prod(shape) > SYNTHETIC_ELEMENTS_MAX:
             raise NoInputs(f"input {spec.name!r} has {math.prod(shape)} elements, too many to make up")
         feeds[spec.name] = _synthetic(spec.datatype, shape, kind, rng)

@@ -187,11 +187,19 @@ class AsyncClient:
         return await self._ask("server_status", model, timeout=timeout, socket=ADMIN_SOCKET)
 
     async def tune(
-        self, name: str, do: str = "start", *, timeout: float | None = None, **settings: Any
+        self,
+        name: str,
+        do: str = "start",
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **settings: Any,
     ) -> dict[str, Any]:
         """As Client.tune."""
         fields = {"settings": {"do": do, **settings}}
-        reply = await self._ask("model_tune", name, timeout=timeout, socket=ADMIN_SOCKET, fields=fields)
+        reply = await self._ask(
+            "model_tune", name, timeout=timeout, socket=ADMIN_SOCKET, fields=fields, inputs=inputs
+        )
         return dict(reply["tune"])
 
     async def log_settings(self, level: str | None = None, *, timeout: float | None = None) -> dict[str, Any]:
@@ -230,9 +238,10 @@ class AsyncClient:
         timeout: float | None,
         socket: str = INFER_SOCKET,
         fields: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
-        request = question(method, name, version, fields or {})
+        request = question(method, name, version, fields or {}, inputs)
 
         async def prepare(_: Link) -> Request:
             return request

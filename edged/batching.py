@@ -120,10 +120,12 @@ def explore(
     *,
     rules: Rules,
     wanted: int | None,
+    likely: Sequence[Sizes] = (),
     check: Callable[[], None] = lambda: None,
 ) -> Batch:
     """Proves and times batches of a model that is loaded; `check` is called between runs and may raise.
 
+    `likely`: sizes of a row that requests have, the first of which is timed if there is no golden sample.
     With `wanted`, the owner's size, this size is proved whatever it takes and allowed whatever it gains.
     Raises NotBatchable for rows that do not stand alone, RunFailed for a run that failed.
     """
@@ -132,7 +134,7 @@ def explore(
         raise NotBatchable(obstacle)
     began_s = time.monotonic()
     trial = _Trial(model, samples, rules, check)
-    trial.run_alone(began_s + BUDGET_S / 4)
+    trial.run_alone(likely, began_s + BUDGET_S / 4, math.inf if wanted else began_s + BUDGET_S)
     trial.time(1)
     best, why = _largest_that_gains(trial, wanted, began_s + BUDGET_S)
     proved = trial.prove_between(best, time.monotonic() + (BETWEEN_S if wanted is None else BETWEEN_WANTED_S))
@@ -236,19 +238,21 @@ class _Trial:
 
     # ------------------------------------------------------------------ rows alone
 
-    def run_alone(self, until_s: float) -> None:
+    def run_alone(self, likely: Sequence[Sizes], until_s: float, last_s: float) -> None:
         """Finds shapes and numbers that the model takes, and runs the rows one by one.
 
-        Raises NotBatchable where it takes none, or where the answers prove nothing.
+        More rows than the least number only until `until_s`. Raises NotBatchable where it takes no shapes,
+        where a single row takes so long that the others would not be done by `last_s`, or where the answers
+        prove nothing.
         """
         specs = self._model.inputs
         free = any(size < 0 for spec in specs for size in (spec.shape or ())[1:])
         wanted = 2 if free else 1
         golden = trial_rows.golden_rows(specs, self._samples)
         refused: RunFailed | None = None
-        for sizes, first in trial_rows.sizes_to_try(specs, golden):
+        for sizes, first in trial_rows.sizes_to_try(specs, golden, likely):
             try:
-                self._variants.append(self._variant(sizes, first, until_s))
+                self._variants.append(self._variant(sizes, first, until_s, last_s))
             except RunFailed as e:
                 if e.fatal:
                     raise
@@ -268,7 +272,7 @@ class _Trial:
         if not self._rules.vouched and any(each.is_constant for each in self._variants):
             raise NotBatchable("the model answers the same to every input, which proves nothing")
 
-    def _variant(self, sizes: Sizes, first: Row | None, until_s: float) -> _Variant:
+    def _variant(self, sizes: Sizes, first: Row | None, until_s: float, last_s: float) -> _Variant:
         """Rows of these sizes, integers as far as the model takes them. Raises RunFailed if it takes none."""
         refused: RunFailed | None = None
         for spread in trial_rows.SPREADS:
@@ -281,7 +285,7 @@ class _Trial:
                 first=first,
             )
             try:
-                return self._answered(rows, until_s)
+                return self._answered(rows, until_s, last_s)
             except RunFailed as e:
                 if e.fatal:
                     raise
@@ -289,12 +293,15 @@ class _Trial:
         assert refused is not None
         raise refused
 
-    def _answered(self, rows: list[tuple[Kind, Row]], until_s: float) -> _Variant:
+    def _answered(self, rows: list[tuple[Kind, Row]], until_s: float, last_s: float) -> _Variant:
         alone: list[list[Any]] = []
+        began_s = time.monotonic()
         for at, (kind, row) in enumerate(rows):
             if len(alone) >= ROWS_MIN and time.monotonic() > until_s:
                 break
             self._check()
+            if at == 1 and (now_s := time.monotonic()) + (ROWS_MIN - 1) * (now_s - began_s) > last_s:
+                raise NotBatchable(f"a row takes {(now_s - began_s) * 1e3:.0f} ms, so trying takes too long")
             try:
                 alone.append(self._answer(row, 1))
             except RunFailed as e:

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
+import os
 import select
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -37,7 +39,7 @@ from edged.events import (
     WorkerGone,
     WorkerHello,
 )
-from edged.messages import RegionPart
+from edged.messages import RegionPart, TensorData
 from edged.process import ProbeProcess, Spawner, WorkerLimits, WorkerProcess
 from edged.process import WorkerGone as HungUp
 from edged.scheduler import Job
@@ -56,6 +58,20 @@ END_S = 1.0
 
 DEADLINE_NS_MAX = (1 << 63) - 1
 """A run's deadline on the wire to its worker: whoever gives a request longer than 292 years gives it this."""
+
+
+def inputs_memfd(inputs: Sequence[TensorData]) -> tuple[int, list[list[Any]]]:
+    """A memfd that holds these inputs, and where in it each of them lies. Raises OSError."""
+    size = inputs_bytes(inputs)
+    fd = os.memfd_create("edged-inputs", os.MFD_CLOEXEC)
+    try:
+        os.ftruncate(fd, max(1, size))
+        with mmap.mmap(fd, max(1, size)) as memory, memoryview(memory) as view:
+            rows, _ = place_inputs(view, inputs)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd, rows
 
 
 class Loop(Protocol):
@@ -342,13 +358,27 @@ class Children:
     # ------------------------------------------------------------------ the measurement
 
     def start_measure(self, effect: StartMeasure) -> None:
+        with contextlib.ExitStack() as stack:
+            inputs: int | None = None
+            spec = effect.spec
+            if effect.inputs:
+                try:
+                    inputs, rows = inputs_memfd(effect.inputs)
+                except OSError as e:
+                    self._step(Measured(effect.measure, None, f"no memory for the inputs: {e.strerror}"))
+                    return
+                stack.callback(os.close, inputs)
+                spec = {**spec, "owner_inputs": rows}
+            self._start_measurer(effect, spec, inputs)
+
+    def _start_measurer(self, effect: StartMeasure, spec: dict[str, Any], inputs: int | None) -> None:
         process = self.spawner.spawn_measurer(
             limits=WorkerLimits(effect.data_bytes, self._measure_file_bytes)
         )
         self._measure = (effect.measure, process)
         self._loop.watch(process.control_fd, lambda: self._measure_ready(effect.measure, process))
         with contextlib.suppress(HungUp):
-            process.send_control(["measure", effect.spec])
+            process.send_control(["measure", spec], inputs)
 
     def _measure_ready(self, measure: int, process: WorkerProcess) -> None:
         try:

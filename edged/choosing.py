@@ -11,6 +11,7 @@ measurement is made at a time, none while memory is short.
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -18,6 +19,7 @@ from edged.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailab
 from edged.events import Log, Publish, StartMeasure, StopMeasure
 from edged.instances import Instance, InstanceState, Surroundings
 from edged.lifecycle import Lifecycle
+from edged.messages import TensorData
 from edged.placement import Placement
 from edged.registry import Registry
 from edged.setups import (
@@ -31,9 +33,10 @@ from edged.setups import (
     pareto,
     reference_figures,
 )
+from edged.sizes import LEAST
 from edged.workers import Workers
 
-__all__ = ["Chooser", "Tune", "TuneState"]
+__all__ = ["Chooser", "Given", "Tune", "TuneState"]
 
 IDLE_FIRST_S, IDLE_MAX_S = 2.0, 3600.0
 """No request for this long before measuring; doubled each time a request stopped it."""
@@ -53,6 +56,9 @@ LIMIT_S = 90.0
 GAIN_MIN_US = 50.0
 """What another device must save beside a tenth of the time, where nobody has asked for it."""
 
+REQUESTS_MIN = 16
+"""Before a choice that was made at guessed sizes is made again at theirs: fewer may have been a trial."""
+
 ASKED_S = 30.0
 """An owner's tool that has not asked for so long is gone, and with it the reason to measure."""
 
@@ -71,6 +77,14 @@ class TuneState(enum.Enum):
     CANCELLED = "cancelled"
 
 
+@dataclass(frozen=True)
+class Given:
+    """What an owner wants a model measured with: whole inputs, the shapes of some, or neither."""
+
+    inputs: tuple[TensorData, ...] = ()
+    shapes: Mapping[str, list[int]] = field(default_factory=dict)
+
+
 @dataclass(eq=False)
 class Tune:
     """A measurement that an owner has asked for."""
@@ -82,6 +96,9 @@ class Tune:
     budget_s: float
     asked_s: float
     """When its owner's tool was last heard of."""
+    sizes: Mapping[str, Any]
+    """At which all its setups are measured, as `Workers.measure_spec` wants it."""
+    inputs: tuple[TensorData, ...]
     state: TuneState = TuneState.MEASURING
     reason: str = ""
     message: str = ""
@@ -177,6 +194,7 @@ class Chooser:
             self._stop()
             self._note(running, _nothing("took too long"), now_s)
         self._follow(now_s)
+        self._reconsider()
         if self._tuning is not None:
             self._step_tune(self._tuning, now_s)
         if self._running is not None or self._tuning is not None:
@@ -195,16 +213,20 @@ class Chooser:
     ) -> None:
         self._ids += 1
         self._running = _Measurement(self._ids, instance, setup, now_s + LIMIT_S, tune)
+        if tune is None and not instance.measured:
+            instance.measured_shapes = instance.sizes.most() if instance.sizes else []
         spec = self._workers.measure_spec(
             instance,
             setup,
             budget_s=budget_s,
             nice=0 if tune is None else NICE,
             batches=tune is not None and tune.space.aim == "throughput",
+            sizes={"shapes": instance.measured_shapes} if tune is None else tune.sizes,
         )
         # Both load the model in that process.
         data_bytes = 2 * self._workers.memory_max_bytes(instance.settings)
-        self._around.emit(StartMeasure(self._ids, spec, data_bytes))
+        inputs = () if tune is None else tune.inputs
+        self._around.emit(StartMeasure(self._ids, spec, data_bytes, inputs))
 
     # ------------------------------------------------------------------ when nobody asks
 
@@ -225,6 +247,23 @@ class Chooser:
             return None
         space = self._space(instance, "auto")
         return next_setup(space, _figures(space.current, instance.measured))
+
+    def _reconsider(self) -> None:
+        """What was chosen at sizes that were guessed is open again when requests have told theirs."""
+        for track in self._registry.tracks.values():
+            instance = track.serving
+            if (
+                instance is not None
+                and instance.settled
+                and instance.record.get("guessed") is True
+                and instance.record.get("source") == "measured"
+                and instance.sizes
+                and instance.sizes.count >= REQUESTS_MIN
+            ):
+                instance.settled = False
+                instance.measured.clear()
+                if not instance.pinned:
+                    instance.choice = "default"
 
     def _space(self, instance: Instance, aim: str) -> Space:
         settings = instance.settings
@@ -279,7 +318,8 @@ class Chooser:
         instance.settled = True
         if not instance.pinned:
             instance.choice = "measured"
-        self._placement.remember(instance, found, "measured")
+        guessed = not instance.measured_shapes and _at_guesses(instance.measured.values())
+        self._placement.remember(instance, found, "measured", guessed=guessed)
         if found != space.current:
             now, then = figures[space.current], figures[found]
             text = f"{_gain(now, then)} {space.current}: {_sentence(instance.measured[found])}"
@@ -293,7 +333,9 @@ class Chooser:
 
     # ------------------------------------------------------------------ when the owner asks
 
-    def start_tune(self, instance: Instance, *, aim: str, budget_s: float, now_s: float) -> Tune:
+    def start_tune(
+        self, instance: Instance, *, aim: str, budget_s: float, given: Given, now_s: float
+    ) -> Tune:
         """Begins an owner's measurement of a model that serves.
 
         Raises InvalidArgument, ResourceExhausted while memory is short, Unavailable while there is another
@@ -317,7 +359,10 @@ class Chooser:
         self._stop()
         self._ids += 1
         space = self._space(instance, aim)
-        self.tune = Tune(self._ids, instance, space, now_s, budget_s, now_s)
+        sizes: dict[str, Any] = {"shapes": instance.sizes.most() if instance.sizes else []}
+        if given.shapes:
+            sizes["owner_shapes"] = given.shapes
+        self.tune = Tune(self._ids, instance, space, now_s, budget_s, now_s, sizes, given.inputs)
         self._publish(self.tune, now_s, None)
         self._step_tune(self.tune, now_s)
         return self.tune
@@ -394,6 +439,7 @@ class Chooser:
         if self._running is not None and self._running.tune is tune:
             self._stop()
         tune.state, tune.reason, tune.message, tune.ended_s = state, reason, message, now_s
+        tune.inputs = ()  # they may be as large as a request, and nothing is measured any more
         self._publish(tune, now_s, None)
 
     def _follow(self, now_s: float) -> None:
@@ -452,6 +498,7 @@ class Chooser:
                     "agrees": f.agrees,
                     "proven": f.proven,
                     "why": f.why,
+                    "size": tune.results.get(setup, {}).get("size"),
                     "pareto": setup in front,
                     "current": setup == tune.space.current,
                     "best": setup == tune.best,
@@ -459,6 +506,12 @@ class Chooser:
                 for setup, f in figures.items()
             ],
         }
+
+
+def _at_guesses(results: Iterable[Mapping[str, Any]]) -> bool:
+    """Whether measurements had nothing better than typical sizes to go by."""
+    sizes = [result["size"] for result in results if result.get("size")]
+    return bool(sizes) and all(size["source"] in ("typical", LEAST) for size in sizes)
 
 
 def _nothing(why: str) -> dict[str, Any]:

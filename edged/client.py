@@ -333,15 +333,24 @@ class Client:
         return self._ask("log_settings", timeout=timeout, socket=ADMIN_SOCKET, fields=settings)
 
     def tune(
-        self, name: str, do: str = "start", *, timeout: float | None = None, **settings: Any
+        self,
+        name: str,
+        do: str = "start",
+        *,
+        inputs: Mapping[str, Any] | None = None,
+        timeout: float | None = None,
+        **settings: Any,
     ) -> dict[str, Any]:
         """Has the daemon measure how it runs a model best (admin): the report so far.
 
         `do` is `start` (with `aim`, `latency` or `throughput`, and `budget_ms`), `status`, `cancel` or
-        `apply` (each with `tune`, the report's `id`). Without a question for 30 s it is cancelled.
+        `apply` (each with `tune`, the report's `id`). Without a question for 30 s it is cancelled. A start
+        may name what to measure with: `inputs` as for `infer`, or `shapes` of some inputs, `{name: [dims]}`.
         """
         fields = {"settings": {"do": do, **settings}}
-        reply = self._ask("model_tune", name, timeout=timeout, socket=ADMIN_SOCKET, fields=fields)
+        reply = self._ask(
+            "model_tune", name, timeout=timeout, socket=ADMIN_SOCKET, fields=fields, inputs=inputs
+        )
         return dict(reply["tune"])
 
     def events(self, topics: Sequence[str] = (), timeout: float | None = None) -> EventStream:
@@ -383,9 +392,10 @@ class Client:
         timeout: float | None,
         socket: str = INFER_SOCKET,
         fields: Mapping[str, Any] | None = None,
+        inputs: Mapping[str, Any] | None = None,
     ) -> dict[str, Any]:
         until = time.monotonic() + (self._timeout_s if timeout is None else timeout_seconds(timeout))
-        request = question(method, name, version, fields or {})
+        request = question(method, name, version, fields or {}, inputs)
         header, _ = self._exchange(socket, request, until, resend=socket == INFER_SOCKET)
         return answer(header)
 

@@ -572,14 +572,24 @@ def _wire_form(value: Any) -> tuple[str, list[int], Array | Buffer]:
     return to_raw(array)
 
 
-def question(method: str, name: str | None, version: str | int | None, fields: Mapping[str, Any]) -> Request:
-    """The request of a method without tensors."""
+def question(
+    method: str,
+    name: str | None,
+    version: str | int | None,
+    fields: Mapping[str, Any],
+    inputs: Mapping[str, Any] | None = None,
+) -> Request:
+    """The request of a method other than an inference; `inputs` go along as one's would."""
     header: dict[str, Any] = {"method": method, **fields}
+    frames: Sequence[Buffer] = ()
+    if inputs:
+        tensors = infer_request("", inputs)
+        header["inputs"], frames = tensors.header["inputs"], tensors.frames
     if name is not None:
         header["model_name"] = name
     if version is not None:
         header["model_version"] = str(version)
-    return Request(header)
+    return Request(header, frames)
 
 
 def metadata_fields(*, properties: bool) -> dict[str, Any]:

@@ -11,14 +11,14 @@ to `chooser` what was measured. Its promise: every request that it is given is a
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
 from edged import resources, status
-from edged.admission import checked_inputs, checked_outputs, rows_and_key
+from edged.admission import checked_inputs, checked_outputs, checked_shapes, rows_and_key
 from edged.cache import Keep, ResponseCache, question
-from edged.choosing import Chooser
+from edged.choosing import Chooser, Given
 from edged.config import Config
 from edged.devices import Verdict
 from edged.entries import Entries
@@ -495,8 +495,8 @@ class Core:
                 entries.on_staged(entry, staged, quarantined, now_s)
             case StageFailed(entry=entry, reason=reason, message=message, again=again):
                 entries.on_stage_failed(entry, reason, message, again, now_s)
-            case LoadPrepared(instance=instance, choice=choice):
-                lifecycle.on_load_prepared(instance, choice, now_s)
+            case LoadPrepared(instance=instance, choice=choice, sizes=sizes):
+                lifecycle.on_load_prepared(instance, choice, sizes, now_s)
             case Probed(verdict=verdict):
                 self._on_probed(Verdict.from_wire(verdict), now_s)
             case DevicesChanged():
@@ -535,6 +535,7 @@ class Core:
 
     def _on_sampled(self, sample: resources.Sample, now_s: float, *, pressed: bool) -> None:
         self.sample = sample
+        self._keep_sizes(now_s)
         settings = self.around.config.resources
         limits = resources.ResourceLimits(
             memory_bytes=self.around.machine.memory_limit_bytes,
@@ -577,9 +578,15 @@ class Core:
         self._out.append(Scan(0.0))
         self.placement.reprobe()
 
+    def _keep_sizes(self, now_s: float, *, last: bool = False) -> None:
+        for track in self.registry.tracks.values():
+            if track.serving is not None:
+                self.placement.keep_sizes(track.serving, now_s, last=last)
+
     def _on_shutdown(self, now_s: float) -> None:
         if self.stopping:
             return
+        self._keep_sizes(now_s, last=True)
         self.stopping = True
         self._stop_at_s = now_s + self.around.config.server.shutdown_grace_s
         self._emit(Publish("server.state", {"state": "stopping"}))
@@ -653,8 +660,10 @@ class Core:
                 if type(budget_ms) is not int:
                     raise InvalidArgument("budget_ms must be an int", reason="BAD_PARAMETER")
                 instance = self.registry.lookup(event.request.model_name, event.request.model_version)
+                given = self._given(event, instance, settings)
                 aim = str(settings.get("aim", "latency"))
-                tune = chooser.start_tune(instance, aim=aim, budget_s=budget_ms / 1000, now_s=now_s)
+                budget_s = budget_ms / 1000
+                tune = chooser.start_tune(instance, aim=aim, budget_s=budget_s, given=given, now_s=now_s)
             case "status":
                 tune = chooser.find_tune(settings.get("tune"), now_s)
             case "cancel":
@@ -668,6 +677,20 @@ class Core:
                 raise InvalidArgument(text, reason="BAD_PARAMETER")
         self._slow_due_s = self._slow_due(now_s)
         return chooser.report(tune, now_s)
+
+    def _given(self, event: RequestArrived, instance: Instance, settings: Mapping[str, Any]) -> Given:
+        """What an owner wants a model measured with: inputs as of a request, or shapes; mostly neither."""
+        shapes, inputs = settings.get("shapes"), event.request.inputs
+        if shapes is None:
+            parts: list[RegionPart] = []
+            given = checked_inputs(instance, event, self.regions, parts) if inputs else []
+            if parts:
+                raise InvalidArgument("send the inputs as frames or data", reason="BAD_REGION")
+            return Given(inputs=tuple(given))
+        if inputs:
+            raise InvalidArgument("send inputs or shapes; inputs have theirs", reason="BAD_PARAMETER")
+        bytes_max = self.around.config.limits.message_bytes
+        return Given(shapes=checked_shapes(instance, shapes, bytes_max=bytes_max))
 
     def _log_settings(self, event: RequestArrived) -> dict[str, Any]:
         wanted = (event.request.settings or {}).get("level")

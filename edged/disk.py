@@ -20,6 +20,7 @@ from edged.events import (
     LoadPrepared,
     MarkGood,
     PrepareLoad,
+    RememberSizes,
     Scan,
     Stage,
     Staged,
@@ -191,7 +192,9 @@ class Disk:
             except StoreError as e:
                 # A full disk is no reason not to serve: only a machine that dies of this load is not told on.
                 self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
-            return [LoadPrepared(effect.instance, self.store.recall_choice(effect.choice_key))]
+            choice = self.store.recall_choice(effect.choice_key)
+            sizes = self.store.recall_sizes(effect.digest)
+            return [LoadPrepared(effect.instance, choice, sizes)]
 
         self._helper.give(task, otherwise=[LoadPrepared(effect.instance, None)])
 
@@ -207,6 +210,12 @@ class Disk:
     def end_attempt(self, effect: EndAttempt) -> None:
         self.in_store(lambda s: s.end_attempt(effect.digest))
         self.in_store(lambda s: s.rest(), later="attempts")
+
+    def remember_sizes(self, effect: RememberSizes) -> None:
+        """The sizes of a content's requests for the next start."""
+        self.in_store(
+            lambda s: s.remember_sizes(effect.digest, effect.sizes), later=f"sizes of {effect.digest}"
+        )
 
     def remember_verdict(self, device: str, mark: str, verdict: Mapping[str, str] | None) -> None:
         """A probe's verdict for the next start, while `mark` is the same; None forgets what is there."""

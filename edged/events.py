@@ -15,7 +15,7 @@ import msgspec
 from edged.cache import Answer, Keep
 from edged.config import Config
 from edged.errors import EdgedError
-from edged.messages import LaneRequest, Peer, RegionPart, Request, RequestId, Route
+from edged.messages import LaneRequest, Peer, RegionPart, Request, RequestId, Route, TensorData
 from edged.repository import Entry, Snapshot
 from edged.resources import Sample
 from edged.scheduler import Job
@@ -59,6 +59,7 @@ __all__ = [
     "Ready",
     "RegionFailed",
     "RememberChoice",
+    "RememberSizes",
     "RememberVerdict",
     "Reply",
     "RequestArrived",
@@ -256,10 +257,14 @@ class StageFailed(Event, frozen=True):
 
 
 class LoadPrepared(Event, frozen=True):
-    """The attempt to load is on record; `choice` is what was remembered for this content here."""
+    """The attempt to load is on record; `choice` is what was remembered for this content here.
+
+    `sizes` are those of its requests, as `SizeTable.to_save` gives them.
+    """
 
     instance: int
     choice: dict[str, Any] | None
+    sizes: Any = None
 
 
 class Probed(Event, frozen=True):
@@ -482,6 +487,13 @@ class RememberChoice(Effect, frozen=True):
     choice: dict[str, Any]
 
 
+class RememberSizes(Effect, frozen=True):
+    """Keep the sizes that a content's requests had, when the disk has nothing else to do."""
+
+    digest: str
+    sizes: list[dict[str, Any]]
+
+
 class RememberVerdict(Effect, frozen=True):
     """Keep what a probe found out for the next start; None when it is not to be relied upon."""
 
@@ -515,6 +527,8 @@ class StartMeasure(Effect, frozen=True):
     measure: int
     spec: dict[str, Any]
     data_bytes: int | None
+    inputs: tuple[TensorData, ...] = ()
+    """What the owner wants it measured with."""
 
 
 class StopMeasure(Effect, frozen=True):

@@ -24,6 +24,7 @@ from edged.estimate import RunTimes
 from edged.events import Effect, Publish
 from edged.repository import Entry
 from edged.setups import Setup
+from edged.sizes import SizeTable, have_free
 from edged.statistics import ModelStatistics
 from edged.tensors import TensorSpec
 
@@ -214,6 +215,10 @@ class Instance:
     load_started_s: float = 0.0
     measured: dict[Setup, dict[str, Any]] = field(default_factory=dict)
     """The measurers' results."""
+    sizes: SizeTable | None = field(default_factory=SizeTable)
+    """The sizes that its requests had; None where the model leaves none open."""
+    measured_shapes: list[dict[str, list[int]]] = field(default_factory=list)
+    """Those that its requests had when its first setup was measured: the others are at the same."""
     makes_room: bool = False
     """The version before was ended for its sake: it waits for no more memory."""
 
@@ -262,6 +267,10 @@ class Instance:
         self.info = info
         self.inputs = {w["name"]: TensorSpec.from_wire(w) for w in info["inputs"]}
         self.outputs = {w["name"]: TensorSpec.from_wire(w) for w in info["outputs"]}
+        if self.sizes is not None:
+            self.sizes.keep_fitting(self.inputs)
+            if not have_free(self.inputs.values()):
+                self.sizes = None
         self.required = frozenset(n for n, spec in self.inputs.items() if not spec.optional)
         batch = info.get("batch") or {}
         self.times = RunTimes(batch.get("times_us") or ())

@@ -24,6 +24,7 @@ from edged.repository import Entry
 from edged.retirement import Retirement
 from edged.runs import RUN_HUNG
 from edged.setups import Setup
+from edged.sizes import SizeTable
 from edged.turns import Turns
 from edged.workers import Workers
 
@@ -83,6 +84,9 @@ class Lifecycle:
         self._ids += 1
         instance = Instance(self._ids, track, entry, staged, entry.settings)
         before = track.serving
+        if before is not None and before.sizes is not None:
+            same = before.staged.digest == staged.digest
+            instance.sizes = before.sizes if same else before.sizes.copied()
         if setup is not None:
             instance.setup, instance.choice, instance.settled = setup, choice, True
         elif instance.pinned:
@@ -220,7 +224,9 @@ class Lifecycle:
 
     # ------------------------------------------------------------------ loading
 
-    def on_load_prepared(self, instance_id: int, choice: Mapping[str, Any] | None, now_s: float) -> None:
+    def on_load_prepared(
+        self, instance_id: int, choice: Mapping[str, Any] | None, sizes: object, now_s: float
+    ) -> None:
         """The attempt is on record; start the worker."""
         instance = self._registry.instances.get(instance_id)
         if instance is None or instance.state is not InstanceState.PREPARING:
@@ -228,6 +234,8 @@ class Lifecycle:
         if choice is not None:
             instance.record = choice
             self._placement.recall(instance, choice)
+        if not instance.sizes:
+            instance.sizes = SizeTable.from_wire(sizes)
         self._start_load(instance, now_s)
 
     def _start_load(self, instance: Instance, now_s: float) -> None:
@@ -423,6 +431,11 @@ class Lifecycle:
             instance.never_batched = f"its worker ended when batches were tried: {why}"
             fields = {**instance.log_fields(), "DETAIL": instance.never_batched}
             self._around.emit(Log("batch_refused", fields))
+            self._start_load(instance, now_s)
+            return
+        if instance.state is InstanceState.LOADING and instance.sizes:
+            # It may have died of the warm-up at a size that requests had, which is no reason not to serve.
+            instance.sizes = SizeTable()
             self._start_load(instance, now_s)
             return
         if instance.state is InstanceState.DRAINING:

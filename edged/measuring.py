@@ -16,18 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from edged.agreement import (
-    FAST,
-    FULL,
-    Bounds,
-    NoInputs,
-    Sample,
-    disagreement,
-    is_constant,
-    read_golden,
-    synthetic_inputs,
-)
+from edged.agreement import FAST, FULL, Bounds, NoInputs, disagreement, is_constant, read_golden
+from edged.madeup import Choice, choose
 from edged.runtimes.base import Model, RunFailed, clean_text
+from edged.sizes import LEAST
 
 __all__ = ["measure", "no_result"]
 
@@ -42,6 +34,9 @@ ROUNDS_MAX = 20
 ROUNDS_MIN = 3
 """Bounds of a measurement beside its budget; the first round of each side warms up and is thrown away."""
 
+NO_SIZE = "give a golden sample, or `edgectl tune` with -i or --shape"
+"""What helps where no other size is known that the model takes."""
+
 SHORT = 20
 """A slot is at most this part of the budget, so that a small one still has every round."""
 
@@ -49,13 +44,18 @@ SHORT = 20
 def no_result(why: str) -> dict[str, Any]:
     """A measurement that proves nothing: the reference stays."""
     names = [f"{side}_{figure}" for side in ("reference", "candidate") for figure in _Side.FIGURES]
-    return {**dict.fromkeys(names), "agrees": False, "proven": False, "why": why, "runs": 0}
+    return {**dict.fromkeys(names), "agrees": False, "proven": False, "why": why, "runs": 0, "size": None}
 
 
-def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, Any]) -> dict[str, Any]:
+def measure(
+    load: Callable[[Mapping[str, Any]], Model],
+    settings: Mapping[str, Any],
+    owner_inputs: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Loads reference and candidate, compares their answers, then times them in turns.
 
-    `settings` is the control channel's `measure` map. Only what agrees is timed.
+    `settings` is the control channel's `measure` map, `owner_inputs` what came with it. Only what agrees is
+    timed.
     """
     bounds = FAST if settings["candidate"].get("precision") == "fast" else FULL
     reference = load(settings["reference"])
@@ -72,11 +72,15 @@ def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, A
         samples = read_golden(
             settings.get("golden_dir"), settings.get("golden") or (), reference.inputs, reference.outputs
         )
-        agrees, proven, why, feeds = _compare(reference, candidate, samples, bounds)
+        choice = choose(reference, samples, settings, owner_inputs)
+        agrees, proven, why, feeds = _compare(reference, candidate, choice, bounds)
         if agrees and feeds is not None and _are_alike(settings["reference"], settings["candidate"]):
             proven, why = True, "the same runtime on the same device"
         if not agrees or feeds is None:
             return {**no_result(why), "agrees": agrees, "proven": proven}
+        size = choice.size_of(feeds)
+        if size["source"] == LEAST:
+            proven, why = False, f"{why}; nothing is decided at free dimensions of 1: {NO_SIZE}"
         try:
             sides = (
                 _Side(reference, feeds, settings["reference"].get("rows") or 1),
@@ -93,7 +97,7 @@ def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, A
             for key, value in side.figures().items()
         }
         runs = sum(len(side.times_ns) for side in sides)
-        return {**figures, "agrees": agrees, "proven": proven, "why": why, "runs": runs}
+        return {**figures, "agrees": agrees, "proven": proven, "why": why, "runs": runs, "size": size}
     finally:
         candidate.close()
         reference.close()
@@ -106,23 +110,18 @@ def _are_alike(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> bo
 
 
 def _compare(
-    reference: Model, candidate: Model, samples: Sequence[Sample], bounds: Bounds
+    reference: Model, candidate: Model, choice: Choice, bounds: Bounds
 ) -> tuple[bool, bool, str, Mapping[str, Any] | None]:
-    """(agrees, proven, why, the inputs to time with): golden samples first, then ones, then normal."""
+    """(agrees, proven, why, the inputs to time with): the first of the chosen ones that both answer."""
     specs = {s.name: s for s in reference.outputs}
     if [s.name for s in reference.inputs if not s.optional] != [
         s.name for s in candidate.inputs if not s.optional
     ] or list(specs) != [s.name for s in candidate.outputs]:
         return False, False, "the runtimes name the model's inputs and outputs differently", None
-    tried = list(samples)
-    for kind in ("ones", "normal"):
-        try:
-            tried.append(Sample(kind, synthetic_inputs(reference.inputs, kind), {}))
-        except NoInputs:
-            break
+    tried = choice.samples
     answers: list[list[Any]] = []
     timed: Mapping[str, Any] | None = None
-    notes = []
+    notes = list(choice.refused)
     for sample in tried:
         try:
             want = reference.run(sample.inputs, list(specs))
@@ -162,6 +161,8 @@ class _Side:
         self.names = [s.name for s in self.model.outputs]
         if self.rows > 1:
             self.feeds = _widened(self.model, self.feeds, self.rows)
+        else:
+            self.rows = _rows(self.model, self.feeds)
 
     def slot(self, slot_s: float) -> tuple[list[int], float]:
         """Every instance runs without a pause; the times of the runs in ns, and rows a second."""
@@ -211,6 +212,13 @@ class _Side:
             sorted(self.rates)[len(self.rates) // 2],
         )
         return dict(zip(self.FIGURES, values))  # noqa: B905 - three of each
+
+
+def _rows(model: Model, feeds: Mapping[str, Any]) -> int:
+    """How many rows a request of this size has: it may be a batch of its sender's own making."""
+    free = [s for s in model.inputs if s.name in feeds and s.shape and len(s.shape) > 1 and s.shape[0] < 0]
+    rows = {len(feeds[spec.name]) for spec in free}
+    return max(1, rows.pop()) if len(rows) == 1 else 1
 
 
 def _widened(model: Model, feeds: Mapping[str, Any], rows: int) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from edged.devices import Candidate, Plan, Verdict, plan
-from edged.events import Log, Probe, Publish, RememberChoice, RememberVerdict
+from edged.events import Log, Probe, Publish, RememberChoice, RememberSizes, RememberVerdict
 from edged.instances import Instance, Surroundings
 from edged.setups import Setup
 
@@ -165,10 +165,18 @@ class Placement:
         parts = (instance.staged.digest, instance.settings.precision, machine.name, str(machine.cpus))
         return "|".join(parts)
 
-    def remember(self, instance: Instance, setup: Setup, source: str) -> None:
-        """Keeps a choice, how it came about, and among what it was made."""
+    def remember(self, instance: Instance, setup: Setup, source: str, *, guessed: bool = False) -> None:
+        """Keeps a choice, how it came about, and among what it was made; `guessed` when at sizes that nobody
+        had asked for."""
         compared = {str(c): version for c, version in self._working()}
-        self._keep(instance, {**setup.to_wire(), "compared": compared, "source": source})
+        changes = {**setup.to_wire(), "compared": compared, "source": source, "guessed": guessed}
+        self._keep(instance, changes)
+
+    def keep_sizes(self, instance: Instance, now_s: float, *, last: bool = False) -> None:
+        """Has the sizes of an instance's requests written, where they tell more than what is written."""
+        sizes = instance.sizes.to_save(now_s, last=last) if instance.sizes else None
+        if sizes:
+            self._around.emit(RememberSizes(instance.staged.digest, sizes))
 
     def _keep(self, instance: Instance, changes: Mapping[str, Any]) -> None:
         instance.record = {**instance.record, **changes}

@@ -27,6 +27,7 @@ import msgspec
 
 from edged import sites
 from edged.arena import Arena, ArenaBoundsError
+from edged.sizes import MEASURED_MAX, are_shapes, is_size
 from edged.tensors import TensorSpec
 
 __all__ = ["ProbeProcess", "Spawner", "WorkerGone", "WorkerLimits", "WorkerProcess"]
@@ -768,6 +769,7 @@ def _is_measurement(result: Any) -> bool:
         and all(type(figure) in (int, float) and 0 < figure < math.inf for figure in known)
         and type(result.get("why", "")) is str
         and all(type(result.get(word)) is bool for word in ("agrees", "proven"))
+        and (result.get("size") is None or is_size(result["size"]))
     )
 
 
@@ -788,6 +790,8 @@ def _check_word(packet: list[Any]) -> None:
         good &= type(info.get("changes") or "") is str
         good &= type(info.get("load_ms") or 0) in (int, float)
         good &= type(info.get("rss_bytes") or 0) is int and _is_metadata(info)
+        golden = info.get("golden_shapes") or []
+        good &= type(golden) is list and len(golden) <= MEASURED_MAX and all(map(are_shapes, golden))
     elif kind == "proving":
         good = len(packet) == 2 and type(packet[1]) is int
     elif kind == "load_failed":

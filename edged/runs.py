@@ -409,6 +409,8 @@ class Runs:
         instance.stats.success(
             rows=job.rows, queue_ns=queue_ns, compute_ns=compute_ns, total_ns=total_ns, epoch_ms=epoch_ms
         )
+        if instance.sizes is not None:
+            instance.sizes.note(job.inputs, job.peer.uid)
         self.counters["inferences"] += 1
         info = instance.info
         parameters = {

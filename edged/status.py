@@ -293,6 +293,7 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
         ],
         "crashes": instance.crashes,
         "restarts": instance.restarts,
+        "sizes": _sizes(instance),
         "load_ms": info.get("load_ms", 0),
         "measured": [
             {
@@ -302,11 +303,24 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
                 "rows_s": m.get("candidate_rows_s"),
                 "reference_p50_us": m.get("reference_p50_us"),
                 "agrees": bool(m.get("agrees")),
+                "proven": bool(m.get("proven")),
+                "size": m.get("size"),
                 "why": str(m.get("why", "")),
             }
             for s, m in instance.measured.items()
         ],
     }
+
+
+def _sizes(instance: Instance) -> list[dict[str, Any]]:
+    """What is known of the sizes of an instance's inputs, in the order in which it counts."""
+    if instance.sizes is None:
+        return []
+    golden = instance.info.get("golden_shapes") or ()
+    rows: list[dict[str, Any]] = [{"source": "golden", "shapes": shapes, "count": None} for shapes in golden]
+    for shapes, count in instance.sizes.ranked():
+        rows.append({"source": "requests", "shapes": {n: list(s) for n, s in shapes.items()}, "count": count})
+    return rows
 
 
 def _settings(instance: Instance) -> dict[str, Any]:

@@ -37,6 +37,7 @@ from edged.repository import (
     UnsafeFileError,
     open_regular,
 )
+from edged.sizes import is_record
 
 __all__ = ["LastGood", "Staged", "Store", "StoreError", "content_digest", "is_being_written"]
 
@@ -54,6 +55,8 @@ _HISTORY_MAX = 64
 """Contents of one model whose version numbers are remembered, long after their copies were evicted."""
 _KEYS_MAX = 8192
 _CHOICES_MAX = 512
+_SIZES_MAX = 256
+"""Contents whose requests' sizes are kept: at most 64 KB each, mostly 200 bytes."""
 _ATTEMPTS_MAX = 1024
 _VERDICTS_MAX = 64
 _COARSE_S = 2.0
@@ -243,6 +246,11 @@ def _check_choice(value: Any) -> None:
         raise ValueError("a choice is no object")
 
 
+def _check_sizes(value: Any) -> None:
+    if not isinstance(value, list) or not value or not all(is_record(record) for record in value):
+        raise ValueError("sizes are none")
+
+
 def _check_verdict(value: Any) -> None:
     if not isinstance(value["mark"], str) or not value["mark"]:
         raise ValueError("a mark is no text")
@@ -327,8 +335,9 @@ class Store:
         self._attempts = _Book(self._root / "attempts.json", _check_number)
         self._choices = _Book(self._root / "choices.json", _check_choice)
         self._verdicts = _Book(self._root / "verdicts.json", _check_verdict)
+        self._sizes = _Book(self._root / "sizes.json", _check_sizes)
         self._interrupted: dict[str, int] = dict(self._attempts.data)
-        books = (self._models, self._attempts, self._choices, self._verdicts)
+        books = (self._models, self._attempts, self._choices, self._verdicts, self._sizes)
         self.notices: tuple[str, ...] = tuple(book.notice for book in books if book.notice is not None)
 
     def __enter__(self) -> Store:
@@ -730,6 +739,22 @@ class Store:
         for oldest in list(self._choices.data)[:-_CHOICES_MAX]:
             del self._choices.data[oldest]
         self._choices.save()
+
+    def remember_sizes(self, digest: str, sizes: list[dict[str, Any]]) -> None:
+        """Keeps which sizes a content's requests had; the longest unused goes when there are too many."""
+        self._sizes.data.pop(digest, None)
+        self._sizes.data[digest] = sizes
+        for oldest in list(self._sizes.data)[:-_SIZES_MAX]:
+            del self._sizes.data[oldest]
+        self._sizes.save()
+
+    def recall_sizes(self, digest: str) -> list[dict[str, Any]] | None:
+        """What `remember_sizes` kept of this content."""
+        sizes = self._sizes.data.pop(digest, None)
+        if sizes is None:
+            return None
+        self._sizes.data[digest] = sizes
+        return list(sizes)
 
     def remember_verdict(self, device: str, mark: str, verdict: dict[str, str]) -> None:
         """Keeps what a probe found out, for as long as `mark` says that nothing has changed since."""

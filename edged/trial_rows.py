@@ -65,11 +65,14 @@ Sizes = Mapping[str, tuple[int, ...]]
 Row = dict[str, Any]
 
 
-def sizes_to_try(specs: Sequence[TensorSpec], golden: Sequence[Row]) -> Iterator[tuple[Sizes, Row | None]]:
-    """Shapes of a row that differ, those of golden rows first, each with its row."""
+def sizes_to_try(
+    specs: Sequence[TensorSpec], golden: Sequence[Row], likely: Sequence[Sizes]
+) -> Iterator[tuple[Sizes, Row | None]]:
+    """Shapes of a row that differ: those of golden rows, each with its row, likely ones, and made-up ones."""
     seen = set()
     own = [({spec.name: tuple(row[spec.name].shape[1:]) for spec in specs}, row) for row in golden]
-    for sizes, row in (*own, *((_sizes(specs, choice), None) for choice in SIZES)):
+    made_up = [*likely, *(_sizes(specs, choice) for choice in SIZES)]
+    for sizes, row in (*own, *((each, None) for each in made_up)):
         key = tuple(sizes.values())
         if key not in seen:
             seen.add(key)

@@ -14,6 +14,7 @@ import contextlib
 import ctypes
 import gc
 import json
+import mmap
 import os
 import resource
 import signal
@@ -27,14 +28,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import msgpack
+import numpy as np
 
-from edged import agreement, batching
+from edged import agreement, arrays, batching, madeup
 from edged.errors import Code
 from edged.measuring import measure, no_result
 from edged.properties import METADATA_BYTES_MAX, TENSORS_BYTES_MAX, largest, metadata_bytes
 from edged.row_independence import Reading, changes, read_rows
 from edged.runner import PACKET_BYTES_MAX, Loaded, Runner
 from edged.runtimes.base import (
+    DTYPES,
     LoadCancel,
     LoadFailed,
     LoadRequest,
@@ -46,6 +49,7 @@ from edged.runtimes.base import (
     silence_telemetry,
 )
 from edged.runtimes.onnx_graph import Graph, steady_inputs
+from edged.sizes import MEASURED_MAX, told
 
 __all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "run_worker"]
 
@@ -119,7 +123,7 @@ class Worker:
             self._loads[packet[1]] = cancel = LoadCancel()
             self._start(self._load, packet[1], packet[2], cancel)
         elif kind == "measure":
-            self._start(self._measure, packet[1])
+            self._start(self._measure, packet[1], fds.pop() if fds else None)
         elif kind == "cancel_load":
             if packet[1] in self._loads:
                 self._loads[packet[1]].cancel()
@@ -227,7 +231,7 @@ class Worker:
                 settings.get("golden_dir"), settings.get("golden") or (), model.inputs, model.outputs
             )
             began = time.perf_counter()
-            warm = _warm_up(model, samples, settings.get("warmup", 1), cancel, timed=not moody)
+            warm = _warm_up(model, samples, settings, cancel, timed=not moody)
             warmup_ms = (time.perf_counter() - began) * 1e3
             checked = agreement.check_golden(model, samples, tolerance=settings.get("tolerance") or {})
             batch = _known_batch(settings, warm)
@@ -267,19 +271,23 @@ class Worker:
                 "warmup_ms": warmup_ms,
                 "warmup_note": warm.note,
                 "golden": checked,
+                "golden_shapes": _golden_shapes(samples),
                 "rss_bytes": rss_bytes(),
                 "fallback_reason": model.fallback_reason,
             },
         ]
 
-    def _measure(self, settings: dict[str, Any]) -> None:
+    def _measure(self, settings: dict[str, Any], inputs_fd: int | None) -> None:
         def load(part: Mapping[str, Any]) -> Model:
             runtime = self._runtime(part["runtime"])
             return runtime.load(load_request({**settings, **part}), LoadCancel())
 
         os.nice(settings.get("nice") or 0)
         try:
-            result = measure(load, settings)
+            owner_inputs = None
+            if inputs_fd is not None:
+                owner_inputs = read_inputs(inputs_fd, settings["owner_inputs"])
+            result = measure(load, settings, owner_inputs)
         except Exception as e:  # noqa: BLE001 - the worker's edge: a measurement that fails says so and no more
             result = no_result(f"the measurement failed: {clean_text(e)}")
         self._say(["measured", result])
@@ -310,6 +318,28 @@ def _told(metadata: Mapping[str, str]) -> dict[str, Any]:
     return {"metadata": msgpack.packb(metadata)}
 
 
+def read_inputs(fd: int, rows: Sequence[Sequence[Any]]) -> dict[str, Any]:
+    """The inputs in a memfd, which is closed: `rows` are (name, datatype, shape, offset, bytes).
+
+    Raises InvalidArgument for BYTES that are none; the supervisor leaves many of them to the worker.
+    """
+    try:
+        size = os.fstat(fd).st_size
+        with mmap.mmap(fd, size, prot=mmap.PROT_READ) as memory:
+            raw = memory.read(size)
+    finally:
+        os.close(fd)
+    feeds: dict[str, Any] = {}
+    for name, datatype, shape, offset, nbytes in rows:
+        dtype = DTYPES.get(datatype)
+        if dtype is None:
+            feeds[name] = arrays.from_raw(datatype, shape, raw[offset : offset + nbytes])
+        else:
+            # A copy of its own: what a runtime is given must be aligned, and some write to it.
+            feeds[name] = np.ndarray(shape, dtype, raw, offset).copy()
+    return feeds
+
+
 @dataclass(frozen=True)
 class _Warmed:
     """How the warm-up went: what a run takes, and what went wrong."""
@@ -330,26 +360,67 @@ def _is_onnx(settings: Mapping[str, Any]) -> bool:
     return bool(settings.get("format", "onnx") == "onnx")
 
 
+def _golden_shapes(samples: Sequence[agreement.Sample]) -> list[dict[str, list[int]]]:
+    """The sizes of the golden samples, each once, for those who measure from outside."""
+    found: list[dict[str, list[int]]] = []
+    for sample in samples:
+        shapes = told(madeup.shapes_of(sample.inputs))
+        if shapes not in found and len(found) < MEASURED_MAX:
+            found.append(shapes)
+    return found
+
+
 def _warm_up(
-    model: Model, samples: Sequence[agreement.Sample], runs: int, cancel: LoadCancel, *, timed: bool
+    model: Model,
+    samples: Sequence[agreement.Sample],
+    settings: Mapping[str, Any],
+    cancel: LoadCancel,
+    *,
+    timed: bool,
 ) -> _Warmed:
     """Runs the model, so that the first request does not pay; what goes wrong is only noted.
 
-    With `timed` it is run for a short while more, to know what a request can expect.
+    On a golden sample, else at the size that requests had most; where none is known a guess would cost the
+    load more than it is worth, so free dimensions are 1, and larger only for a model that refuses that. With
+    `timed` it is run for a short while more, to know what a request can expect.
     """
+    runs = settings.get("warmup", 1)
     if runs < 1:
         return _Warmed(note="there is to be no warm-up")
+    if samples:
+        return _warm_up_on(model, samples[0].inputs, runs, cancel, timed=timed)
+    sizes = madeup.sizes_to_try(model.inputs, settings)
+    asked = [shapes for source, shapes in sizes if source == "requests"]
+    guesses = [shapes for source, shapes in sizes if source == "typical"]
+    smallest = sizes[-1][1]
+    warm = _Warmed(note="there is no size to warm up at")
+    for shapes in (*asked, smallest, *reversed(guesses)):
+        try:
+            feeds = agreement.synthetic_inputs(model.inputs, "ones", shapes=shapes)
+            warm = _warm_up_on(model, feeds, runs, cancel, timed=timed)
+        except agreement.NoInputs as e:
+            warm = _Warmed(note=str(e))
+        except LoadFailed as e:
+            if e.reason != "MEMORY_LIMIT" or shapes == smallest:
+                raise
+            warm = _Warmed(note=e.message)
+        if warm.note is None:
+            break
+    return warm
+
+
+def _warm_up_on(
+    model: Model, feeds: Mapping[str, Any], runs: int, cancel: LoadCancel, *, timed: bool
+) -> _Warmed:
     names = [s.name for s in model.outputs]
     try:
-        feeds = samples[0].inputs if samples else agreement.synthetic_inputs(model.inputs, "ones")
         for _ in range(runs):
             cancel.check()
             began = time.perf_counter()
             model.run(feeds, names)
             taken_s = time.perf_counter() - began
-        if (
-            timed and taken_s < TIMED_RUN_MAX_S
-        ):  # else the first run's time, with all that happens only once, must do
+        if timed and taken_s < TIMED_RUN_MAX_S:
+            # Else the first run's time, with all that happens only once, must do.
             taken_s = batching.run_us(model, feeds, names)[1] / 1e6
     except RunFailed as e:
         if e.fatal:
@@ -357,8 +428,6 @@ def _warm_up(
         if e.reason == "MEMORY_LIMIT":
             raise LoadFailed("MEMORY_LIMIT", e.message, code=Code.RESOURCE_EXHAUSTED) from e
         return _Warmed(note=e.message)
-    except agreement.NoInputs as e:
-        return _Warmed(note=str(e))
     return _Warmed(us=taken_s * 1e6)
 
 
@@ -398,7 +467,14 @@ def _find_batch(
         if wanted is None:
             timer.start()
         try:
-            return batching.explore(model, samples, rules=rules, wanted=wanted, check=cancel.check)
+            likely = [
+                {name: tuple(shape)[1:] for name, shape in shapes.items()}
+                for source, shapes in madeup.sizes_to_try(model.inputs, settings)
+                if source in ("requests", "typical") and set(shapes) == {s.name for s in model.inputs}
+            ]
+            return batching.explore(
+                model, samples, rules=rules, wanted=wanted, likely=likely, check=cancel.check
+            )
         except (batching.NotBatchable, agreement.NoInputs) as e:
             why = str(e)
         except RunFailed as e:

@@ -97,6 +97,8 @@ class Workers:
             "warmup": instance.settings.warmup,
             "timeout_s": self._around.config.loading.timeout_s,
         }
+        if instance.sizes:
+            spec["shapes"] = instance.sizes.most()
         if instance.never_batched:
             spec["max_batch_size"] = 1
         elif known_batch is not None:
@@ -104,9 +106,16 @@ class Workers:
         self._around.emit(LoadInstance(worker.id, instance.id, spec))
 
     def measure_spec(
-        self, instance: Instance, setup: Setup, *, budget_s: float, nice: int, batches: bool
+        self,
+        instance: Instance,
+        setup: Setup,
+        *,
+        budget_s: float,
+        nice: int,
+        batches: bool,
+        sizes: Mapping[str, Any],
     ) -> dict[str, Any]:
-        """What a measurement is told: the instance's model, how it runs, and how it might.
+        """What a measurement is told: the instance's model, how it runs, how it might, and at which `sizes`.
 
         With `batches` each run has the rows that may share one, else a single one.
         """
@@ -121,6 +130,7 @@ class Workers:
             "candidate": candidate,
             "budget_s": budget_s,
             "nice": nice,
+            **sizes,
         }
 
     def _what(self, instance: Instance) -> dict[str, Any]:

@@ -224,7 +224,7 @@ class Slow:
 
 @pytest.mark.parametrize(
     ("row_s", "fixed_s", "best"),
-    [(1e-6, 1e-3, 64), (2e-4, 1e-3, 32), (4e-3, 1e-5, 1), (0.2, 0.0, 1)],
+    [(1e-6, 1e-3, 64), (2e-4, 1e-3, 32), (4e-3, 1e-5, 1)],
 )
 def test_the_largest_size_that_gains(
     row_s: float, fixed_s: float, best: int, monkeypatch: pytest.MonkeyPatch
@@ -235,10 +235,17 @@ def test_the_largest_size_that_gains(
     monkeypatch.setattr(batching.time, "perf_counter_ns", lambda: int(model.now_s * 1e9))
     found = explore(model, [], rules=RULES, wanted=None)
     assert found.max == best
-    if row_s < 0.1:
-        assert model.now_s < 2 * batching.BUDGET_S
-    else:
-        assert max(model.sizes) == 1, "what takes longer than trying may is not tried"
+    assert model.now_s < 2 * batching.BUDGET_S
+    assert set(range(2, best + 1)) <= set(model.sizes), "each size that may be used was proved"
+
+
+def test_what_takes_longer_than_trying_may_is_not_tried(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the clock: one row is enough to see it."""
+    model: Any = Slow(0.2, 0.0)
+    monkeypatch.setattr(batching.time, "monotonic", lambda: model.now_s)
+    with pytest.raises(NotBatchable, match="a row takes 200 ms"):
+        explore(model, [], rules=RULES, wanted=None)
+    assert model.sizes == [1]
 
 
 def test_golden_rows_give_the_other_dimensions(tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ from typing import Any
 
 import pytest
 
-from edged.choosing import ASKED_S, IDLE_FIRST_S, LIMIT_S, NICE
-from edged.events import LoadInstance, Publish, RememberChoice, Sampled, StopMeasure
+from edged.choosing import ASKED_S, IDLE_FIRST_S, LIMIT_S, NICE, REQUESTS_MIN
+from edged.events import LoadInstance, Publish, RememberChoice, Sampled, ShutdownAsked, StopMeasure
+from edged.instances import InstanceState
+from edged.messages import InputTensor
 from edged.setups import Setup
-from tests.world import CPU, OV_CPU, World, sample
+from tests.world import CPU, OV_CPU, PEER, World, sample
 
 
 def idle_world(**settings: Any) -> World:
@@ -248,6 +250,159 @@ def test_a_remembered_batch_that_cannot_be_any_more_keeps_nobody_from_serving() 
     assert world.serving().candidate == CPU
 
 
+# ---- at which sizes
+
+
+def asked(world: World, times: int, size: int, model: str = "m") -> None:
+    """Requests of one size, answered."""
+    for _ in range(times):
+        world.infer(model, size=size)
+        world.finish_runs()
+
+
+def at(size: int, source: str = "requests") -> dict[str, Any]:
+    """A measurement's word on its size."""
+    return {"source": source, "shapes": {"x": [size]}, "note": ""}
+
+
+def test_a_measurement_is_handed_what_requests_had() -> None:
+    """The most frequent first; a load too, for its warm-up."""
+    world = serving_world()
+    asked(world, 2, 7)
+    asked(world, 5, 3)
+    world.pass_time(IDLE_FIRST_S + 0.5)
+    (measure,) = world.measures.values()
+    assert measure.spec["shapes"] == [{"x": [3]}, {"x": [7]}]
+    world.measured(**FASTER, size=at(3))
+    loads = [e for e in world.effects if isinstance(e, LoadInstance)]
+    assert [e.spec.get("shapes") for e in loads] == [None, [{"x": [3]}, {"x": [7]}]]
+    row = world.request("server_status")["models"][0]
+    assert row["sizes"][0] == {"source": "requests", "shapes": {"x": [3]}, "count": 5}
+
+
+def test_a_request_that_was_not_answered_is_not_counted() -> None:
+    """What the model refuses is no size to measure it at."""
+    world = serving_world()
+    world.infer(size=9)
+    (worker,) = [w for w in world.workers.values() if w.alive]
+    world.finish_run(worker, fails=True)
+    assert not world.serving().sizes
+
+
+def test_all_setups_of_a_model_are_measured_at_the_same_sizes() -> None:
+    """Else they could not be compared, whatever is asked in between."""
+    world = serving_world(instances="auto")
+    asked(world, 3, 5)
+    world.pass_time(IDLE_FIRST_S + 0.5)
+    world.measured(**{**FASTER, "agrees": False}, size=at(5))
+    asked(world, 9, 6)
+    world.pass_time(10 * IDLE_FIRST_S)
+    (measure,) = world.measures.values()
+    assert measure.spec["shapes"] == [{"x": [5]}]
+
+
+def test_a_measurement_that_requests_stopped_is_made_again_at_theirs() -> None:
+    """One that began before anybody asked had nothing to go by; it has no result to be compared with."""
+    world = idle_world()
+    (measure,) = world.measures.values()
+    assert measure.spec["shapes"] == []
+    asked(world, 1, 5)
+    assert not world.measures
+    world.pass_time(2 * IDLE_FIRST_S + 0.5)
+    (measure,) = world.measures.values()
+    assert measure.spec["shapes"] == [{"x": [5]}]
+
+
+def test_sizes_outlive_the_daemon_and_another_content() -> None:
+    """Written within a second and when it stops; a new content begins with those that fit it."""
+    world = serving_world()
+    asked(world, 3, 5)
+    world.send(Sampled(sample()))
+    assert world.sizes["m-1"] == [{"shapes": {"x": [5]}, "count": 3, "uid": PEER.uid}]
+    asked(world, 1, 6)
+    world.send(Sampled(sample()))
+    assert len(world.sizes["m-1"]) == 1
+    world.send(ShutdownAsked())
+    assert len(world.sizes["m-1"]) == 2
+
+    again = World(verdicts={CPU: "ok", OV_CPU: "ok"}, boot=False)
+    again.sizes = world.sizes
+    again.boot()
+    again.put("m")
+    again.settle()
+    assert [e.spec.get("shapes") for e in again.effects if isinstance(e, LoadInstance)] == [
+        [{"x": [5]}, {"x": [6]}]
+    ]
+    again.put("m", "2")
+    again.settle()
+    asked(again, 9, 6)
+    sizes = again.serving().sizes
+    assert sizes is not None
+    assert sizes.most() == [{"x": [6]}, {"x": [5]}]
+    again.send(ShutdownAsked())
+    assert again.sizes["m-2"][0]["count"] == 10
+    assert again.sizes["m-1"] == world.sizes["m-1"]
+
+
+def test_a_choice_at_guessed_sizes_is_made_again_when_requests_have_told_theirs() -> None:
+    """Once, and not for a trial or two; after a restart too."""
+    before = idle_world()
+    before.measured(**{**FASTER, "proven": False}, size=at(16_000, "typical"))
+    (choice,) = choices(before)
+    assert choice["guessed"] is True
+    world = World(verdicts={CPU: "ok", OV_CPU: "ok"}, boot=False)
+    world.choices["m-1"] = choice
+    world.boot()
+    world.put("m")
+    world.settle()
+    assert world.serving().choice == "remembered"
+    asked(world, REQUESTS_MIN - 1, 4)
+    world.send(Sampled(sample()))
+    world.pass_time(100.0)
+    assert not world.measures
+    asked(world, 1, 4)
+    world.send(Sampled(sample()))
+    world.pass_time(2 * IDLE_FIRST_S)
+    (measure,) = world.measures.values()
+    assert measure.spec["shapes"] == [{"x": [4]}]
+    world.measured(**FASTER, size=at(4))
+    assert (world.serving().candidate, choices(world)[-1]["guessed"]) == (OV_CPU, False)
+    asked(world, 2 * REQUESTS_MIN, 5)
+    world.send(Sampled(sample()))
+    world.pass_time(1000.0)
+    assert not world.measures
+
+
+def test_a_choice_that_requests_sizes_led_to_is_not_made_again() -> None:
+    """Also where the model refused them in the measurement, which would go on for ever."""
+    world = serving_world()
+    asked(world, REQUESTS_MIN, 4)
+    world.pass_time(IDLE_FIRST_S + 0.5)
+    world.measured(**{**FASTER, "proven": False}, size=at(16_000, "typical"))
+    asked(world, REQUESTS_MIN, 4)
+    world.send(Sampled(sample()))
+    world.pass_time(1000.0)
+    assert not world.measures
+
+
+def test_a_load_that_dies_of_its_warm_up_is_made_without_it() -> None:
+    """A size that one request had must not keep a model from serving."""
+    world = World(verdicts={CPU: "ok", OV_CPU: "ok"}, boot=False)
+    world.sizes["m-1"] = [{"shapes": {"x": [1 << 20]}, "count": 1, "uid": 0}]
+    world.boot()
+    world.hold_loads = True
+    world.put("m")
+    world.settle()
+    world.crash(next(w for w in world.workers.values() if w.loading))
+    world.settle()
+    world.hold_loads = False
+    world.finish_loads()
+    world.settle()
+    loads = [e.spec.get("shapes") for e in world.effects if isinstance(e, LoadInstance)]
+    assert loads == [[{"x": [1 << 20]}], None]
+    assert (world.serving().state, world.serving().candidate) == (InstanceState.READY, CPU)
+
+
 # ---- edgectl tune
 
 
@@ -300,6 +455,71 @@ def test_an_owners_tune_changes_nothing_until_it_is_applied() -> None:
     assert (world.serving().choice, loaded(world)) == ("tuned", (4, 1))
     assert [c["source"] for c in choices(world)] == ["tuned"]
     world.pass_time(100.0)
+    assert not world.measures
+
+
+def test_an_owners_shapes_and_inputs_are_what_is_measured_with() -> None:
+    """For all its setups, and no longer: inputs may be large."""
+    world = serving_world()
+    asked(world, 3, 5)
+    report = ask(world, aim="throughput", shapes={"x": [48]})
+    (measure,) = world.measures.values()
+    assert (measure.spec["owner_shapes"], measure.spec["shapes"]) == ({"x": [48]}, [{"x": [5]}])
+    world.measured(**FASTER, size=at(48, "owner"))
+    asked(world, 9, 6)
+    (measure,) = world.measures.values()
+    assert (measure.spec["owner_shapes"], measure.spec["shapes"]) == ({"x": [48]}, [{"x": [5]}])
+    rows = ask(world, "status", tune=report["id"])["rows"]
+    assert [row["size"] for row in rows if row["runtime"] == "openvino"] == [at(48, "owner")]
+    ask(world, "cancel", tune=report["id"])
+
+    tensor = InputTensor("x", "FP32", [2], data=b"\0\0\0\0" * 2)
+    reply = world.request("model_tune", model_name="m", settings={"do": "start"}, inputs=[tensor])
+    (measure,) = world.measures.values()
+    assert [(t.name, t.shape, bytes(t.raw)) for t in measure.inputs] == [("x", [2], b"\0" * 8)]
+    assert "owner_shapes" not in measure.spec
+    ask(world, "cancel", tune=reply["tune"]["id"])
+    assert world.core.chooser.tune is not None
+    assert not world.core.chooser.tune.inputs
+
+
+@pytest.mark.parametrize(
+    ("shapes", "reason"),
+    [
+        ("x=1", "BAD_PARAMETER"),
+        ({"x": 5}, "BAD_PARAMETER"),
+        ({"x": [-1]}, "BAD_PARAMETER"),
+        ({"x": [True]}, "BAD_PARAMETER"),
+        ({"x": [1] * 1000}, "BAD_PARAMETER"),
+        ({"y": [1]}, "UNKNOWN_INPUT"),
+        ({"x": [1, 1]}, "BAD_SHAPE"),
+        ({"x": [0]}, "BAD_SHAPE"),
+        ({"x": [1 << 30]}, "BAD_SHAPE"),
+    ],
+)
+def test_shapes_that_cannot_be_are_refused(shapes: Any, reason: str) -> None:
+    """With a code, before anything is measured or made up."""
+    world = serving_world()
+    assert refusal(world, shapes=shapes) == reason
+    assert not world.measures
+
+
+def test_inputs_that_no_request_may_have_are_refused() -> None:
+    """By the rules of a request, and never beside shapes or in leased memory."""
+    world = serving_world()
+    name = world.lease()
+    leased = {"shared_memory_region": name, "shared_memory_byte_size": 8}
+    good = InputTensor("x", "FP32", [2], data=b"\0" * 8)
+    for tensor, more, reason in (
+        (InputTensor("y", "FP32", [2], data=b"\0" * 8), {}, "UNKNOWN_INPUT"),
+        (InputTensor("x", "FP32", [3], data=b"\0" * 8), {}, "BAD_SIZE"),
+        (InputTensor("x", "INT64", [1], data=b"\0" * 8), {}, "BAD_DATATYPE"),
+        (InputTensor("x", "FP32", [2], parameters=leased), {}, "BAD_REGION"),
+        (good, {"shapes": {"x": [2]}}, "BAD_PARAMETER"),
+    ):
+        settings = {"do": "start", **more}
+        reply = world.request("model_tune", model_name="m", settings=settings, inputs=[tensor])
+        assert reply["error"]["reason"] == reason
     assert not world.measures
 
 

@@ -23,7 +23,7 @@ import zmq
 
 from edged import AsyncClient, Client, errors
 from edged.arrays import RawTensor, from_raw, value_to_wire
-from edged.clientwire import infer_request, read_infer, socket_paths, typed_inputs
+from edged.clientwire import infer_request, question, read_infer, socket_paths, typed_inputs
 
 LARGE = np.arange(300_000, dtype=np.float32)
 
@@ -718,3 +718,16 @@ def test_the_protocols_worked_example_is_true() -> None:
     ours = infer_request("double", {"x": np.float32([1, 2.5])})
     assert request == {"v": 1, "id": 1, **{k: v for k, v in ours.header.items() if k != "parameters"}}
     assert read_infer(reply, [])["y"].tolist() == [2.0, 5.0]
+
+
+def test_inputs_go_along_with_another_question_as_with_an_inference() -> None:
+    """Small ones in the header, large ones as frames; without any there is none of both."""
+    small, large = np.ones((1, 2), np.float32), np.ones((1, 3, 64, 64), np.float32)
+    fields = {"settings": {"do": "start"}}
+    request = question("model_tune", "m", None, fields, {"s": small, "x": large})
+    assert (request.header["method"], request.header["model_name"]) == ("model_tune", "m")
+    tensors = {tensor["name"]: tensor for tensor in request.header["inputs"]}
+    assert (tensors["s"]["data"], tensors["x"]["frame"]) == (small.tobytes(), 0)
+    assert [bytes(frame) for frame in request.frames] == [large.tobytes()]
+    bare = question("model_tune", "m", None, fields)
+    assert ("inputs" in bare.header, list(bare.frames)) == (False, [])

@@ -25,7 +25,7 @@ from edged.cli import completion, edgectl, publish
 from edged.cli import edged as edged_cli
 from edged.cli.bench import percentiles, run_slots
 from edged.cli.images import ImageError, layout_of, picture
-from edged.cli.inputs import InputError, json_values, read_inputs, synthetic
+from edged.cli.inputs import InputError, json_values, read_inputs, read_shapes, synthetic
 from edged.cli.tables import Column, Terminal, bytes_text, clean, duration_text, micros_text, table
 from edged.cli.waiting import Goal, Wanted, judge, split_reason, unnamed_refusals
 from edged.config import parse_model_settings
@@ -748,12 +748,65 @@ def test_json_has_a_word_for_every_value() -> None:
 
 
 def test_synthetic_inputs_fit_the_model() -> None:
-    """Free dimensions are 1 unless named; an unknown name is refused."""
+    """Of the shapes that are given; without one free dimensions are 1."""
     specs = [TensorSpec("x", "FP32", (-1, 3)), TensorSpec("n", "INT64", ()), TensorSpec("s", "BYTES", (2,))]
     arrays = synthetic(specs, {"x": [5, 3]})
     assert {k: v.shape for k, v in arrays.items()} == {"x": (5, 3), "n": (), "s": (2,)}
-    with pytest.raises(InputError, match="q"):
-        synthetic(specs, {"q": [1]})
+
+
+@pytest.mark.parametrize("text", ["x=5x3", "x=5,3", "n=5"])
+def test_a_shape_is_typed_with_x_or_commas(text: str) -> None:
+    """As people write sizes, and as lists are written; a name may hold an equals sign."""
+    specs = [TensorSpec("x", "FP32", (-1, 3)), TensorSpec("n", "INT64", (-1,)), TensorSpec("a=b", "FP32", ())]
+    name, _, dims = text.partition("=")
+    assert read_shapes([text, "a=b="], specs) == {
+        name: [int(d) for d in dims.replace(",", "x").split("x")],
+        "a=b": [],
+    }
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        (["q=1"], "names no input of this model: 'q'; it has: x"),
+        (["x=5x4"], r"expected shape \[\?,3\], got \[5,4\]"),
+        (["x=5"], "expected 2 dimensions"),
+        (["x=0x3"], "takes NAME=1x3x224x224"),
+        (["x=-1x3"], "takes NAME=1x3x224x224"),
+        (["x=ax3"], "takes NAME=1x3x224x224"),
+        (["5x3"], "takes NAME=1x3x224x224"),
+        (["x=5x3", "x=6x3"], "twice"),
+        (["x=99999999999999999999x3"], "more elements than any memory holds"),
+        (["x=" + "9" * 5000 + "x3"], "takes NAME=1x3x224x224"),
+    ],
+)
+def test_a_shape_that_the_model_does_not_take_is_refused(given: list[str], why: str) -> None:
+    """Before anything is made up."""
+    with pytest.raises(InputError, match=why):
+        read_shapes(given, [TensorSpec("x", "FP32", (-1, 3))])
+
+
+def test_an_npz_is_all_inputs_at_once(tmp_path: pathlib.Path) -> None:
+    """Under their names, or as a golden sample has them; what is none of the model's is refused."""
+    specs = [TensorSpec("x", "FP32", (-1, 2)), TensorSpec("n", "INT64", ())]
+
+    def read(*given: str, **arrays: Any) -> dict[str, Any]:
+        np.savez(tmp_path / "s.npz", **arrays)
+        return read_inputs([f"@{tmp_path}/s.npz", *given], specs, image_scale=None, note=lambda _: None)
+
+    x = np.ones((1, 2), np.float32)
+    assert read(x=x, n=np.int64(3)).keys() == {"x", "n"}
+    golden = read("n=3", **{"inputs/x": x, "outputs/y": x})
+    assert (golden["x"].shape, golden["n"]) == ((1, 2), 3)
+    with pytest.raises(InputError, match="'q' is no input of this model; it has: x, n"):
+        read(q=x)
+    with pytest.raises(InputError, match="'n' is given twice"):
+        read("n=3", x=x, n=np.int64(3))
+    with pytest.raises(InputError, match=r"no \.npz that can be read"):
+        read(x=np.array([{}], dtype=object), n=np.int64(3))
+    (tmp_path / "s.npz").write_bytes(b"PK\3\4 and no more")
+    with pytest.raises(InputError, match=r"no \.npz that can be read"):
+        read_inputs([f"@{tmp_path}/s.npz"], specs, image_scale=None, note=lambda _: None)
 
 
 # ---- pictures -------------------------------------------------------------------------------------------

@@ -129,6 +129,36 @@ def test_a_model_that_serves_is_explained_and_nothing_is_to_be_typed() -> None:
         ),
         (
             {
+                "choice": "measured",
+                "measured": [
+                    {
+                        "runtime": "openvino",
+                        "device": "CPU",
+                        "p50_us": 400.0,
+                        "reference_p50_us": 800.0,
+                        "agrees": True,
+                        "proven": False,
+                        "size": {"source": "least", "shapes": {"x": [1, 1]}, "note": ""},
+                        "why": "nothing is decided at free dimensions of 1",
+                    }
+                ],
+            },
+            [
+                "measured: openvino on CPU: 400 µs against 800 µs, at x [1,1], with free dimensions of 1, "
+                "which decides nothing (p50); its answers agree (nothing is decided at free dimensions of 1)"
+            ],
+        ),
+        (
+            {
+                "sizes": [
+                    {"source": "golden", "shapes": {"x": [9]}, "count": None},
+                    *({"source": "requests", "shapes": {"x": [n]}, "count": n} for n in (4, 3, 2, 1)),
+                ]
+            },
+            ["sizes of its requests (how often): x [4] (4); x [3] (3); x [2] (2)\n"],
+        ),
+        (
+            {
                 "runtime": "openvino",
                 "choice": "measured",
                 "measured": [

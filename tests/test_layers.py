@@ -32,6 +32,8 @@ PURE += (
     "families",
     "reloading",
     "setups",
+    "sizes",
+    "typical",
 )
 PURE += tuple(f"cli.health.{name}" for name in ("facts", "checks", "hardware", "folders", "words"))
 IMPURE = {"zmq", "psutil", "numpy", "threading", "time", "logging", "socket", "subprocess", "os", "asyncio"}
@@ -42,7 +44,8 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
     for layer in (
         "errors version families",
         "tensors messages units properties",
-        "wire config resources estimate statistics regions",
+        "sizes wire config resources estimate statistics regions",
+        "typical",
         "cache",
         "scheduler happenings",
         "repository devices reloading",

@@ -355,6 +355,9 @@ _MEASURED = {
         ("control", ["loaded", 1, {**_INFO, "rss_bytes": "many"}]),
         ("control", ["loaded", 1, {**_INFO, "load_ms": "long"}]),
         ("control", ["loaded", 1, {**_INFO, "instances": 2}]),
+        ("control", ["loaded", 1, {**_INFO, "golden_shapes": [{"x": [-1]}]}]),
+        ("control", ["loaded", 1, {**_INFO, "golden_shapes": [{"x": [1]}] * 4}]),
+        ("control", ["loaded", 1, {**_INFO, "golden_shapes": {"x": [1]}}]),
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "max": 0}}]),
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "times_us": [[1, float("nan")]]}}]),
         ("control", ["loaded", 1, {**_INFO, "batch": {**_BATCH, "times_us": [[1, 5]] * 65}}]),
@@ -381,6 +384,11 @@ _MEASURED = {
         ("control", ["measured", {**_MEASURED, "candidate_p99_us": float("inf")}]),
         ("control", ["measured", {**_MEASURED, "why": None}]),
         ("control", ["measured", {**_MEASURED, "agrees": "yes"}]),
+        (
+            "control",
+            ["measured", {**_MEASURED, "size": {"source": "owner", "shapes": {"x": "1"}, "note": ""}}],
+        ),
+        ("control", ["measured", {**_MEASURED, "size": "large"}]),
         ("control", [{}]),
     ],
 )

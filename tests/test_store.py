@@ -507,10 +507,10 @@ def test_a_damaged_book_is_set_aside_and_said(tmp_path: Path, root: Path, damage
     """No damage keeps the daemon from starting; the damaged book stays for whoever wants to look."""
     with open_store(tmp_path) as store:
         mark(store, stage(store, root, b"x"))
-    for book in ("models", "attempts", "choices"):
+    for book in ("models", "attempts", "choices", "sizes"):
         (tmp_path / "state" / "store" / f"{book}.json").write_bytes(damage)
     with open_store(tmp_path) as store:
-        assert len(store.notices) == 3
+        assert len(store.notices) == 4
         assert (tmp_path / "state" / "store" / "models.damaged").read_bytes() == damage
         assert stage(store, root, b"x").version == 1
 
@@ -573,6 +573,25 @@ def test_choices_are_remembered_and_bounded(tmp_path: Path, monkeypatch: pytest.
     with open_store(tmp_path) as store:
         assert store.recall_choice("b") is None
         assert [store.recall_choice(key) for key in "acd"] == [{"key": key} for key in "acd"]
+
+
+def test_sizes_are_remembered_and_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By content; a record that is none costs that content's sizes only."""
+    monkeypatch.setattr(module, "_SIZES_MAX", 3)
+    sizes = [{"shapes": {"x": [1, 3, 640, 640]}, "count": 9, "uid": 0}]
+    with open_store(tmp_path) as store:
+        assert store.recall_sizes("a") is None
+        for digest in ("a", "b", "c"):
+            store.remember_sizes(digest, sizes)
+        assert store.recall_sizes("a") == sizes
+        store.remember_sizes("d", sizes)
+    path = tmp_path / "state" / "store" / "sizes.json"
+    book = json.loads(path.read_bytes())
+    assert list(book) == ["c", "a", "d"]
+    path.write_text(json.dumps({**book, "d": [{**sizes[0], "count": "many"}], "c": []}))
+    with open_store(tmp_path) as store:
+        assert [store.recall_sizes(digest) for digest in "abcd"] == [sizes, None, None, None]
+        assert len(store.notices) == 1
 
 
 def test_two_interrupted_attempts_quarantine_a_content(tmp_path: Path) -> None:

@@ -49,6 +49,7 @@ from edged.events import (
     Probe,
     Probed,
     Ready,
+    RememberSizes,
     Reply,
     RequestArrived,
     RunDone,
@@ -177,6 +178,8 @@ class World:
         """How often the daemon ended while it loaded them."""
         self.stage_faults: dict[str, tuple[str, bool]] = {}
         self.choices: dict[str, dict[str, Any]] = {}
+        self.sizes: dict[str, list[dict[str, Any]]] = {}
+        """What was remembered of requests' sizes, by digest."""
         self.batch_max = 1
         """What workers that load from now on tell of batches."""
         self.instances = 1
@@ -448,7 +451,10 @@ class World:
             self.helper.append(Staged(e.entry, copy, copy.digest in self.quarantined))
 
     def _on_PrepareLoad(self, e: PrepareLoad) -> None:  # noqa: N802 - named after the effect
-        self.helper.append(LoadPrepared(e.instance, self.choices.get(e.digest)))
+        self.helper.append(LoadPrepared(e.instance, self.choices.get(e.digest), self.sizes.get(e.digest)))
+
+    def _on_RememberSizes(self, e: RememberSizes) -> None:  # noqa: N802 - named after the effect
+        self.sizes[e.digest] = e.sizes
 
     def _on_StartWorker(self, e: StartWorker) -> None:  # noqa: N802 - named after the effect
         assert e.worker not in self.workers

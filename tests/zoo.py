@@ -36,6 +36,7 @@ __all__ = [
     "external_data",
     "failing",
     "free_rank",
+    "fully_conv",
     "identity",
     "image_mean",
     "many",
@@ -43,6 +44,7 @@ __all__ = [
     "memory_bomb_at_run",
     "mlp",
     "nonzero",
+    "only_one",
     "openvino_killer",
     "optional_input",
     "optional_output",
@@ -192,6 +194,51 @@ def conv_net(*, seed: int = 0, side: int = 96) -> onnx.ModelProto:
     nodes.append(helper.make_node("MatMul", ["flat", "w"], ["y"]))
     return _model(
         nodes, [_value("x", "FP32", ["N", 3, side, side])], [_value("y", "FP32", ["N", 10])], constants
+    )
+
+
+def fully_conv(*, seed: int = 0, multiple: int = 1) -> onnx.ModelProto:
+    """A convolutional network of free height and width, `x` FP32 [N,3,H,W] → `y` FP32 [N,4,H,W].
+
+    It takes only heights and widths that are multiples of `multiple`, as networks that halve them do.
+    """
+    rng = np.random.default_rng(seed)
+    constants: dict[str, NDArray[Any]] = {
+        "w": rng.normal(0, 0.3, (4, 3, 3, 3)).astype(np.float32),
+    }
+    nodes = [
+        helper.make_node("Conv", ["x", "w"], ["c"], pads=[1, 1, 1, 1]),
+        helper.make_node("Relu", ["c"], ["r"]),
+    ]
+    if multiple > 1:
+        constants["shape"] = np.array([0, 0, 0, -1, multiple], np.int64)
+        nodes += [
+            # A reshape to so many columns, and then rows, raises where they are no whole number.
+            helper.make_node("Reshape", ["r", "shape"], ["columns"]),
+            helper.make_node("Transpose", ["r"], ["turned"], perm=[0, 1, 3, 2]),
+            helper.make_node("Reshape", ["turned", "shape"], ["rows"]),
+            helper.make_node("ReduceMax", ["columns"], ["a"], keepdims=0),
+            helper.make_node("ReduceMax", ["rows"], ["b"], keepdims=0),
+            helper.make_node("Max", ["a", "b"], ["largest"]),
+            helper.make_node("Min", ["r", "largest"], ["y"]),
+        ]
+    else:
+        nodes.append(helper.make_node("Identity", ["r"], ["y"]))
+    return _model(
+        nodes,
+        [_value("x", "FP32", ["N", 3, "H", "W"])],
+        [_value("y", "FP32", ["N", 4, "H", "W"])],
+        constants,
+    )
+
+
+def only_one() -> onnx.ModelProto:
+    """Declares free sizes, `x` FP32 [N,M] → `y` FP32 [1], and takes a single element only."""
+    return _model(
+        [helper.make_node("Reshape", ["x", "one"], ["y"])],
+        [_value("x", "FP32", ["N", "M"])],
+        [_value("y", "FP32", [1])],
+        {"one": np.array([1], np.int64)},
     )
 
 

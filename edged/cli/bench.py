@@ -27,11 +27,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edged.cli.commands import model_specs
-from edged.cli.inputs import InputError, read_inputs, synthetic
+from edged.cli.inputs import InputError, read_inputs, read_shapes, synthetic
 from edged.cli.session import EXIT_OK, EXIT_USAGE, Failure, Session
 from edged.cli.tables import Column, bar, fields, micros_text, table
-from edged.errors import EdgedError
+from edged.clientwire import InferResult
+from edged.errors import EdgedError, InvalidArgument
 from edged.sites import site_paths
+from edged.sizes import LEAST, fit, have_free, shapes_text, size_text
+from edged.tensors import TensorSpec
+from edged.typical import least, typical
 
 __all__ = ["CLIENTS_MAX", "Samples", "bench", "percentiles", "run_slots"]
 
@@ -47,6 +51,12 @@ _SLOT_S = 0.5
 _WARMUP_RUNS = 5
 
 _START_TIMEOUT_S = 30.0
+
+_REFUSALS = ("RUNTIME_ERROR", "MEMORY_LIMIT")
+"""Besides INVALID_ARGUMENT, what an answer to a size that a model does not take may have as its reason."""
+
+_REFUSED_MAX = 120
+"""Characters that are repeated of what the model said to it."""
 
 Run = Callable[[], object]
 
@@ -65,15 +75,7 @@ def bench(session: Session, args: argparse.Namespace) -> int:
     _check(args)
     metadata = session.client.model_metadata(args.model, args.version, properties=False)
     specs = model_specs(metadata)
-    try:
-        if args.input:
-            inputs = read_inputs(args.input, specs, image_scale=args.image_scale, note=session.note)
-        else:
-            inputs = synthetic(specs, dict(_shape(text) for text in args.shape))
-    except InputError as e:
-        raise Failure(str(e)) from None
-
-    first = session.client.infer(args.model, inputs, version=args.version, timeout=args.timeout)
+    inputs, size, first = _first(session, args, specs)
 
     def through_edged() -> object:
         return session.client.infer(args.model, inputs, version=args.version, timeout=args.timeout)
@@ -84,6 +86,7 @@ def bench(session: Session, args: argparse.Namespace) -> int:
         "device": first.device,
         "runtime": first.runtime,
         "precision": first.precision,
+        "size": size,
         "input_bytes": int(sum(a.nbytes for a in inputs.values())),
         "rate_hz": args.rate,
     }
@@ -122,15 +125,70 @@ def _check(args: argparse.Namespace) -> None:
         raise Failure("--rate takes more than 0 and at most 100000 requests a second", EXIT_USAGE)
 
 
-def _shape(text: str) -> tuple[str, list[int]]:
-    name, _, dims = text.rpartition("=")
+def _first(
+    session: Session, args: argparse.Namespace, specs: Sequence[TensorSpec]
+) -> tuple[dict[str, NDArray[Any]], dict[str, Any], InferResult]:
+    """What to measure with, its size and where this comes from, and the first answer to it.
+
+    Of the sizes that are known or guessed the first that the model takes.
+    """
     try:
-        shape = [int(d) for d in dims.split(",")] if dims else []
-    except ValueError:
-        shape = [-1]
-    if not name or any(d < 0 for d in shape):
-        raise Failure(f"--shape takes NAME=1,3,224,224, not {text!r}", EXIT_USAGE)
-    return name, shape
+        if args.input:
+            inputs = read_inputs(args.input, specs, image_scale=args.image_scale, note=session.note)
+            return inputs, _size("owner", inputs, ""), _ask(session, args, inputs)
+        sizes = _sizes(session, args, specs)
+    except InputError as e:
+        raise Failure(str(e)) from None
+    refused = ""
+    for source, shapes in sizes[:-1]:
+        inputs = synthetic(specs, shapes)
+        try:
+            return inputs, _size(source, inputs, refused), _ask(session, args, inputs)
+        except EdgedError as e:
+            if not isinstance(e, InvalidArgument) and e.reason not in _REFUSALS:
+                raise
+            refused = f"{shapes_text(shapes)} was refused: {e.message[:_REFUSED_MAX]}"
+            session.note(refused)
+    source, shapes = sizes[-1]
+    inputs = synthetic(specs, shapes)
+    return inputs, _size(source, inputs, refused), _ask(session, args, inputs)
+
+
+def _ask(session: Session, args: argparse.Namespace, inputs: Mapping[str, NDArray[Any]]) -> InferResult:
+    return session.client.infer(args.model, inputs, version=args.version, timeout=args.timeout)
+
+
+def _size(source: str, inputs: Mapping[str, NDArray[Any]], note: str) -> dict[str, Any]:
+    shapes = {name: list(array.shape) for name, array in inputs.items()}
+    return {"source": source, "shapes": shapes, "note": note}
+
+
+def _sizes(
+    session: Session, args: argparse.Namespace, specs: Sequence[TensorSpec]
+) -> list[tuple[str, Mapping[str, Sequence[int]]]]:
+    """(source, shapes), the best first: what was named, golden samples', requests', typical ones."""
+    named = read_shapes(args.shape, specs)
+    if named:
+        return [("owner", shapes) for shapes in typical(specs, named)] or [("owner", named)]
+    if not have_free(specs):
+        return [("declared", least(specs))]
+    known = [(str(row["source"]), row["shapes"]) for row in _known_sizes(session, args)]
+    sizes = [(source, shapes) for source, shapes in known if fit(shapes, specs)]
+    return [*sizes, *(("typical", shapes) for shapes in typical(specs)), (LEAST, least(specs))]
+
+
+def _known_sizes(session: Session, args: argparse.Namespace) -> list[Mapping[str, Any]]:
+    """What the daemon knows; nothing for those who may not ask its admin socket."""
+    try:
+        rows = session.client.server_status(args.model).get("models") or []
+    except EdgedError as e:
+        session.note(f"the sizes that requests had cannot be asked for: {e.message}")
+        return []
+    version = None if args.version is None else str(args.version)
+    for row in rows:
+        if row.get("name") == args.model and row.get("serving") and version in (None, row.get("version")):
+            return list(row.get("sizes") or [])
+    return []
 
 
 def run_slots(
@@ -443,7 +501,7 @@ def _text(document: Mapping[str, Any], session: Session) -> str:
         [
             ("model", f"{document['model']} version {document['version']}"),
             ("on", f"{document['device']}, {document['runtime']} {document['precision'] or ''}".rstrip()),
-            ("input", f"{document['input_bytes']} bytes"),
+            ("input", f"{document['input_bytes']} bytes: {size_text(document['size'])}"),
             ("paced", f"{document['rate_hz']:g} Hz" if document["rate_hz"] else None),
         ],
         session.out,

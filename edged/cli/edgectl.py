@@ -58,6 +58,7 @@ inputs:
   -i NAME=@FILE.json       JSON, nested lists or a number
   -i NAME=@PICTURE.png     a picture (needs pillow), also .jpg, .webp, .bmp …
   -i NAME='[[1, 2, 3]]'    JSON in place; for BYTES also plain text
+  -i @FILE.npz             all inputs at once, each under its name; a golden sample will do
 A model with one input needs no NAME=. A missing batch dimension is added.
 
 pictures: resized (bilinear) to the declared height and width, in the declared layout: 1, 3 or 4
@@ -252,13 +253,17 @@ def _add_unit(sub: argparse.ArgumentParser) -> None:
 
 def _add_model_and_inputs(sub: argparse.ArgumentParser) -> None:
     sub.add_argument("model", metavar="MODEL", help="the model's name")
+    _add_inputs(sub)
+    sub.add_argument(
+        "--model-version", metavar="V", dest="version", help="a version (default: the serving one)"
+    )
+
+
+def _add_inputs(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "-i", "--input", metavar="INPUT", action="append", default=[], help="an input, see below; repeatable"
     )
     sub.add_argument("--image-scale", metavar="S", type=float, help="pixels become 0 to S")
-    sub.add_argument(
-        "--model-version", metavar="V", dest="version", help="a version (default: the serving one)"
-    )
 
 
 def _add_infer(commands: argparse._SubParsersAction[Any]) -> None:
@@ -283,15 +288,19 @@ def _add_bench(commands: argparse._SubParsersAction[Any]) -> None:
         "--clients", metavar="N", type=_count, default=1, help="then so many client processes at once"
     )
     sub.add_argument("--rate", metavar="HZ", type=float, help="paced: so many requests a second per client")
+    _add_shape(sub)
+    sub.add_argument("--onnx", metavar="FILE", type=Path, help="the model's file, for the bare runtime")
+    sub.add_argument("--no-bare", action="store_true", help="without the comparison")
+
+
+def _add_shape(sub: argparse.ArgumentParser) -> None:
     sub.add_argument(
         "--shape",
         metavar="NAME=DIMS",
         action="append",
         default=[],
-        help="sizes of free dimensions, x=1,3,224,224",
+        help="the shape of a made-up input, x=1x3x224x224; repeatable",
     )
-    sub.add_argument("--onnx", metavar="FILE", type=Path, help="the model's file, for the bare runtime")
-    sub.add_argument("--no-bare", action="store_true", help="without the comparison")
 
 
 def _add_tune(commands: argparse._SubParsersAction[Any]) -> None:
@@ -300,9 +309,11 @@ def _add_tune(commands: argparse._SubParsersAction[Any]) -> None:
         "tune",
         "measure how a model runs best here, and run it so",
         timeout_s=_UPDATE_TIMEOUT_S,
-        epilog=_TUNE_HELP,
+        epilog=f"{_TUNE_HELP}\n{_INPUT_HELP}",
     )
     sub.add_argument("model", metavar="MODEL", help="the model's name")
+    _add_inputs(sub)
+    _add_shape(sub)
     sub.add_argument(
         "--aim",
         choices=("latency", "throughput"),

@@ -20,6 +20,7 @@ from edged.cli.health.words import times
 from edged.cli.session import EXIT_FAILED, EXIT_OK, Session
 from edged.cli.tables import bytes_text, clean, duration_text, micros_text, paint
 from edged.cli.waiting import reason_of
+from edged.sizes import MEASURED_MAX, shapes_text, size_text
 
 __all__ = ["Explanation", "explain", "explain_command"]
 
@@ -215,10 +216,13 @@ def _measured(measured: _Row, row: _Row) -> str:
     if measured.get("rows_s"):
         figures += f", {measured['rows_s']:.0f} rows/s"
     verdict = "its answers agree" if measured.get("agrees") else "its answers do not agree"
+    if measured.get("size"):
+        figures += f", at {size_text(measured['size'])}"
     text = f"measured: {where}: {figures} (p50); {verdict}{f' ({why})' if why else ''}"
     if all(measured.get(key) in (None, row.get(key)) for key in _SETUP):
         return f"{text}; it runs so now"
-    if measured.get("agrees") and p50 < reference and row.get("choice") == "measured":
+    decides = measured.get("agrees") and measured.get("proven", True)
+    if decides and p50 < reference and row.get("choice") == "measured":
         return f"{text}; the gain is too small to switch for"
     return text
 
@@ -264,6 +268,10 @@ def _running(row: _Row) -> Iterator[str]:
     if row.get("rss_bytes"):
         parts.append(f"{bytes_text(row['rss_bytes'])} memory")
     yield ", ".join(parts)
+    sizes = [each for each in row.get("sizes") or () if each.get("source") == "requests"]
+    if sizes:
+        named = "; ".join(f"{shapes_text(e['shapes'])} ({e['count']})" for e in sizes[:MEASURED_MAX])
+        yield f"sizes of its requests (how often): {named}"
     batch = row.get("batch")
     if isinstance(batch, Mapping):
         most = batch.get("max") or 1

@@ -1,7 +1,8 @@
 """What a person types as an input becomes the array that the model declares.
 
-`NAME=@file.npy`, `NAME=@file.json`, `NAME=@picture.png`, or JSON in place. The declared datatype decides the
-element type. A change of type is made only where no value changes but by a float's rounding, and said; a
+`NAME=@file.npy`, `NAME=@file.json`, `NAME=@picture.png`, or JSON in place; `@file.npz` is several inputs at
+once, each under its name or under `inputs/NAME`, as a golden sample has them. The declared datatype decides
+the element type. A change of type is made only where no value changes but by a float's rounding, and said; a
 missing or free dimension is filled in only where there is one way to do it.
 """
 
@@ -9,6 +10,8 @@ from __future__ import annotations
 
 import json
 import math
+import re
+import zipfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,9 +23,11 @@ from edged.arrays import dtype_of
 from edged.cli.images import IMAGE_SUFFIXES, ImageError, picture
 from edged.errors import InvalidArgument
 from edged.plain import plain_values
-from edged.tensors import TensorSpec, shape_text
+from edged.tensors import TensorSpec, check_shape, element_count, shape_text
 
-__all__ = ["InputError", "json_values", "read_inputs", "synthetic"]
+__all__ = ["InputError", "json_values", "read_inputs", "read_shapes", "synthetic"]
+
+_DIMENSION = re.compile(r"[1-9][0-9]{0,19}")
 
 _FLOATS = "fV"
 """numpy's kinds of the floats here: its own, and ml_dtypes' bfloat16."""
@@ -43,10 +48,14 @@ def read_inputs(
     by_name = {spec.name: spec for spec in specs}
     arrays: dict[str, NDArray[Any]] = {}
     for text in given:
-        name, value = _split(text, by_name)
-        if name in arrays:
+        if text.startswith("@") and text.endswith(".npz"):
+            found = _read_npz(Path(text[1:]).expanduser(), by_name, note)
+        else:
+            name, value = _split(text, by_name)
+            found = {name: _read(by_name[name], value, image_scale, note)}
+        for name in found.keys() & arrays.keys():
             raise InputError(f"input '{name}' is given twice")
-        arrays[name] = _read(by_name[name], value, image_scale, note)
+        arrays |= found
     missing = [s.name for s in specs if s.name not in arrays and not s.optional]
     if missing:
         wanted = "; ".join(
@@ -90,6 +99,51 @@ def _read(
     except (ValueError, EOFError) as e:
         raise InputError(f"input '{spec.name}': {path} is no array that can be read: {e}") from None
     raise InputError(f"input '{spec.name}': {path.name} is none of .npy, .json, {', '.join(IMAGE_SUFFIXES)}")
+
+
+def _read_npz(
+    path: Path, by_name: Mapping[str, TensorSpec], note: Callable[[str], None]
+) -> dict[str, NDArray[Any]]:
+    """The inputs in an .npz; a golden sample's `outputs/NAME` are none of them."""
+    found: dict[str, NDArray[Any]] = {}
+    try:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+            for key in file.files:
+                name = key.removeprefix("inputs/")
+                if key.startswith("outputs/") and key not in by_name:
+                    continue
+                if name not in by_name:
+                    known = ", ".join(by_name) or "none"
+                    raise InputError(f"{path}: '{key[:60]}' is no input of this model; it has: {known}")
+                found[name] = _fit(by_name[name], file[key], note)
+    except OSError as e:
+        raise InputError(f"{path} could not be read: {e}") from None
+    except (ValueError, TypeError, EOFError, zipfile.BadZipFile) as e:
+        raise InputError(f"{path} is no .npz that can be read: {e}") from None
+    return found
+
+
+def read_shapes(given: Sequence[str], specs: Sequence[TensorSpec]) -> dict[str, list[int]]:
+    """The shapes of `--shape` arguments, `NAME=1x3x640x640` or with commas; each fits its input."""
+    by_name = {spec.name: spec for spec in specs}
+    shapes: dict[str, list[int]] = {}
+    for text in given:
+        name, _, dims = text.rpartition("=")
+        parts = dims.replace(",", "x").split("x") if dims else []
+        if not name or not all(_DIMENSION.fullmatch(part) for part in parts):
+            raise InputError(f"--shape takes NAME=1x3x224x224, not '{text[:60]}'")
+        if name not in by_name:
+            known = ", ".join(by_name) or "none"
+            raise InputError(f"--shape names no input of this model: '{name[:60]}'; it has: {known}")
+        if name in shapes:
+            raise InputError(f"--shape names '{name}' twice")
+        shapes[name] = [int(part) for part in parts]
+        try:
+            element_count(name, shapes[name])
+            check_shape(by_name[name], shapes[name])
+        except InvalidArgument as e:
+            raise InputError(f"--shape: {e.message}") from None
+    return shapes
 
 
 def _dtype(spec: TensorSpec) -> np.dtype[Any]:
@@ -177,11 +231,8 @@ def _matches(have: Sequence[int], want: Sequence[int]) -> bool:
 def synthetic(
     specs: Sequence[TensorSpec], shapes: Mapping[str, Sequence[int]], seed: int = 0
 ) -> dict[str, NDArray[Any]]:
-    """Inputs for timing a model: normal floats, integers and booleans of 0 and 1, short strings. A free
-    dimension is 1 unless `shapes` says otherwise."""
-    unknown = set(shapes) - {s.name for s in specs}
-    if unknown:
-        raise InputError(f"--shape names no input of this model: {', '.join(sorted(unknown))}")
+    """Inputs of these shapes for timing a model: normal floats, integers and booleans of 0 and 1, short
+    strings. Without a shape an optional input is left out, and a free dimension is 1."""
     rng = np.random.default_rng(seed)
     arrays: dict[str, NDArray[Any]] = {}
     for spec in specs:

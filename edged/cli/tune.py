@@ -18,10 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from edged.cli.commands import model_specs
 from edged.cli.export import ExportError, export, settings_for
-from edged.cli.session import EXIT_FAILED, EXIT_OK, EXIT_TIMEOUT, Failure, Session
+from edged.cli.session import EXIT_FAILED, EXIT_OK, EXIT_TIMEOUT, EXIT_USAGE, Failure, Session
 from edged.cli.tables import Column, bar, clean, micros_text, table
 from edged.errors import EdgedError
+from edged.sizes import size_text
 
 __all__ = ["budget", "plot", "setup_text", "tune"]
 
@@ -64,10 +66,11 @@ def tune(session: Session, args: argparse.Namespace) -> int:
     client = session.client
     target = _settings_file(session, args.model) if args.export else None
     report: dict[str, Any] = {}
+    given = _given(session, args)
     try:
         with _interrupts_wait():
             budget_ms = max(1, round(args.budget * 1000))
-            report = client.tune(args.model, aim=args.aim, budget_ms=budget_ms)
+            report = client.tune(args.model, aim=args.aim, budget_ms=budget_ms, **given)
         report = _wait(session, report, ("measuring",), math.inf, _follower(session))
         if report["state"] != "measured":
             raise Failure(_ending(report), EXIT_FAILED, reason=str(report["reason"]) or None)
@@ -100,6 +103,28 @@ def tune(session: Session, args: argparse.Namespace) -> int:
         done += f"\n{target[0]} {'says so now' if changed else 'said so already'}"
     session.answer(report, done)
     return EXIT_OK
+
+
+def _given(session: Session, args: argparse.Namespace) -> dict[str, Any]:
+    """What the person wants the model measured with: inputs, shapes, or neither."""
+    if not args.input and not args.shape:
+        return {}
+    if args.input and args.shape:
+        raise Failure(
+            "-i gives inputs that have their shapes, --shape has some made up: take one", EXIT_USAGE
+        )
+    from edged.cli.inputs import InputError, read_inputs, read_shapes
+
+    specs = model_specs(session.client.model_metadata(args.model))
+    try:
+        if args.shape:
+            return {"shapes": read_shapes(args.shape, specs)}
+        return {
+            "inputs": read_inputs(args.input, specs, image_scale=args.image_scale, note=session.note),
+            "timeout": args.timeout,
+        }
+    except InputError as e:
+        raise Failure(str(e)) from None
 
 
 @contextlib.contextmanager
@@ -213,6 +238,8 @@ def _text(session: Session, report: Mapping[str, Any]) -> str:
     points = [row for row in rows if row["p50_us"] and row["rows_s"]]
     if len(points) > 1:
         parts.append(plot(points))
+    sizes = {size_text(row["size"]): None for row in rows if row.get("size")}
+    parts += [f"measured at {text}" for text in sizes]
     if report["requests"]:
         parts.append(f"{report['requests']} requests came meanwhile: the figures are worse for it")
     same = report["best"] == report["current"]

@@ -37,7 +37,7 @@ _edgectl() {
             unload) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
             infer) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version -o --output --npz" -- "$cur") ;;
             bench) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version --seconds --clients --rate --shape --onnx --no-bare" -- "$cur") ;;
-            tune) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --aim --budget --yes --export" -- "$cur") ;;
+            tune) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --shape --aim --budget --yes --export" -- "$cur") ;;
             doctor) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --all --unit" -- "$cur") ;;
             explain) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
             top) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --once --interval --sort" -- "$cur") ;;
