@@ -35,6 +35,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "edged_inferences_total": Family("counter", "Requests for inference that were answered with outputs"),
     "edged_refusals_total": Family("counter", "Requests answered with an error", ("code", "reason")),
     "edged_bad_messages_total": Family("counter", "Messages that were no request"),
+    "edged_damaged_copies_total": Family("counter", "Stored copies of models that were found damaged"),
     "edged_requests_in_flight": Family("gauge", "Inferences that wait or run"),
     "edged_clients": Family("gauge", "Connections with inferences in flight"),
     "edged_lease_connections": Family("gauge", "Connections to lease.sock"),
