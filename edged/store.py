@@ -534,7 +534,8 @@ class Store:
             _sync_directory(self._damaged)
             _sync_directory(self._contents)
         except OSError as error:
-            raise self._failure(error, 0) from error
+            message = f"the damaged copy {digest} cannot be moved to {self._damaged}: {error.strerror}"
+            raise StoreError("STORE_FAILED", message) from error
         self._distrusted.discard(digest)
         for oldest in self._set_aside()[:-_DAMAGED_MAX]:
             self._delete(oldest)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import signal
@@ -265,7 +266,8 @@ def test_killed_in_the_middle_of_making_a_copy_again(tmp_path: Path) -> None:
         daemon.stop()
         with asking(daemon) as seen:
             for _ in range(3):
-                if stored(daemon, digest).exists():
+                copy = stored(daemon, digest)
+                if copy.exists() and hashlib.sha256(copy.read_bytes()).hexdigest() == digest:
                     rot_number(daemon, digest, 1001)
                 daemon.log_path.write_text("")
                 daemon.spawn()
