@@ -193,6 +193,11 @@ class Disk:
             except StoreError as e:
                 again = e.reason in ("CHANGED_WHILE_COPYING", "BEING_WRITTEN", "DISK_FULL")
                 return [StageFailed(entry, e.reason, e.message, again)]
+            while self.store.replaced:
+                detail = (
+                    f"{self.store.replaced.pop()}: a file is missing, was cut or is not the daemon's alone"
+                )
+                self._journal.emit("copy_damaged", MODEL=entry.name, DETAIL=detail)
             return [Staged(entry, staged, self.store.quarantined(staged.digest))]
 
         failed = StageFailed(entry, "STORE_FAILED", "it could not be copied; the log says why", False)

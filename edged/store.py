@@ -344,6 +344,8 @@ class Store:
         self._in_use: set[str] = set()
         self._distrusted: set[str] = set()
         """Copies that are damaged and could not be set aside: the disk may have gone read-only."""
+        self.replaced: list[str] = []
+        """Contents whose copy staging found incomplete and set aside; the one who stages tells of them."""
         self._open_attempts: dict[str, int] = {}
         self._attempts_behind = False
         try:
@@ -493,7 +495,9 @@ class Store:
             if self._is_intact(digest):
                 return
             self.set_aside(digest)
+            self.replaced.append(digest)
         os.rename(temporary, target)
+        self._distrusted.discard(digest)
         _sync_directory(self._contents)
 
     def _failure(self, error: OSError, needed_bytes: int) -> StoreError:

@@ -103,6 +103,19 @@ def test_a_copy_is_hashed_and_its_damage_told(rig: Rig) -> None:
     assert not copy.model_path.exists()
 
 
+def test_a_copy_that_staging_finds_incomplete_is_kept_and_told(rig: Rig) -> None:
+    """Nothing is taken out of use without a word, whoever found out."""
+    first = rig.staged("m", b"weights").staged
+    first.model_path.chmod(0o640)
+    first.model_path.write_bytes(b"cut")
+    again = rig.staged("m", b"weights").staged
+    assert again.model_path.read_bytes() == b"weights"
+    ((kind, fields),) = rig.journal.said
+    assert (kind, fields["MODEL"]) == ("copy_damaged", "m")
+    assert str(fields["DETAIL"]).startswith(f"{first.digest}: a file is missing, was cut")
+    assert rig.disk.store.set_aside(first.digest) is not None
+
+
 @pytest.mark.parametrize("size_bytes", [SMALL_BYTES_MAX, SMALL_BYTES_MAX + 1])
 def test_a_hash_that_hangs_holds_up_neither_the_folder_nor_the_other_kind(rig: Rig, size_bytes: int) -> None:
     """A large copy on a slow card must not keep small models from serving, nor new files from being seen."""
