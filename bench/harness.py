@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +46,8 @@ class Daemon:
     """`with Daemon() as daemon:` is a daemon that has said READY, serving `daemon.models`.
 
     `seed` names a models folder to copy from; files may be put into `daemon.models` before and after the
-    start. `settings` are environment variables such as `EDGED_LOADING_SETTLE`.
+    start. `settings` are environment variables such as `EDGED_LOADING_SETTLE`; `program` is what the
+    interpreter is given to become the daemon.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Daemon:
         settings: Mapping[str, str] | None = None,
         log_level: str = "warning",
         ready_timeout_s: float = 60.0,
+        program: Sequence[str] = ("-m", "edged.cli.edged"),
     ) -> None:
         # Below /tmp whatever TMPDIR says: a socket's path has 107 bytes at most.
         self.root = Path(tempfile.mkdtemp(prefix="edged-", dir="/tmp"))
@@ -67,6 +69,7 @@ class Daemon:
         self._settings = dict(settings or {})
         self._log_level = log_level
         self._ready_timeout_s = ready_timeout_s
+        self.program = tuple(program)
         self._process: subprocess.Popen[bytes] | None = None
         self._notify: socket.socket | None = None
         (self.root / "run").mkdir(mode=0o700)
@@ -114,7 +117,7 @@ class Daemon:
             "EDGED_SERVER_CACHE_DIR": str(self.root / "cache"),
             **self._settings,
         }
-        command = [sys.executable, "-m", "edged.cli.edged", "--models", str(self.models)]
+        command = [sys.executable, *self.program, "--models", str(self.models)]
         command += ["--endpoint", self.endpoint, "--log-level", self._log_level]
         with self.log_path.open("ab") as log:
             self.started_ns = time.monotonic_ns()

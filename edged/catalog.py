@@ -158,6 +158,16 @@ _EVENTS: dict[str, Event] = {
         "What is in the models folder cannot be used, or the folder is not there. REASON says which; put "
         "a good file in the folder or mount it again.",
     ),
+    "copy_damaged": Event(
+        "6c61e0a1a3d90be8ebe17c210e6ed61e",
+        "error",
+        "A stored copy of a model is damaged and is not used any more",
+        "The private copy that MODEL was loaded from has other bytes than were stored: DETAIL names content "
+        "and file. Nothing is answered from it. It is copied again from the models folder if that still has "
+        "the content, else the version before serves. The damaged copy is kept below store/damaged in the "
+        "state directory until four others have followed it or its room is needed. A disk that does this "
+        "once will do it again: look at it (dmesg, smartctl), and replace a card.",
+    ),
     "entry_refused": Event(
         "d546500e5ba8478e9077114c40a501ae",
         "warning",
@@ -417,6 +427,7 @@ OF_A_MODEL: frozenset[str] = frozenset(
     {
         *("model_loading", "model_ready", "model_swapped", "model_failed", "model_retired", "model_removed"),
         *("model_unloaded", "model_quarantined", "model_restored", "entry_refused", "load_refused"),
+        "copy_damaged",
         *("worker_started", "worker_exited", "worker_crashed", "worker_hung", "worker_restarting"),
         *("worker_restarted", "worker_over_budget", "device_fallback", "choice_measured", "choice_switched"),
         *("batch_refused", "request_internal_error"),

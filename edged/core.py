@@ -34,6 +34,8 @@ from edged.errors import (
 from edged.events import (
     BadMessage,
     ConfigChanged,
+    CopyHashed,
+    CopySetAside,
     DevicesChanged,
     Effect,
     Event,
@@ -130,7 +132,7 @@ class Core:
         self.sample: resources.Sample | None = None
         self.happenings = Happenings()
         self._now_s = now_s
-        self.counters = {"requests": 0, "bad_messages": 0}
+        self.counters = {"requests": 0, "bad_messages": 0, "damaged_copies": 0}
         self._stop_at_s = math.inf
         self._seq = 0
         self._out: list[Effect] = []
@@ -497,6 +499,10 @@ class Core:
                 entries.on_stage_failed(entry, reason, message, again, now_s)
             case LoadPrepared(instance=instance, choice=choice, sizes=sizes):
                 lifecycle.on_load_prepared(instance, choice, sizes, now_s)
+            case CopyHashed(instance=instance, reason=reason, message=message):
+                self._on_copy_hashed(instance, reason, message, now_s)
+            case CopySetAside(digest=digest, before=before):
+                lifecycle.on_copy_set_aside(digest, before, now_s)
             case Probed(verdict=verdict):
                 self._on_probed(Verdict.from_wire(verdict), now_s)
             case DevicesChanged():
@@ -524,6 +530,16 @@ class Core:
         worker.widen(int(info.get("instances", 1)))
         self.lifecycle.on_loaded(instance_id, info, now_s)
         self.runs.dispatch(worker, now_s)
+
+    def _on_copy_hashed(self, instance_id: int, reason: str, message: str, now_s: float) -> None:
+        instance = self.registry.instances.get(instance_id)
+        if instance is None:
+            return
+        self.counters["damaged_copies"] += reason == "COPY_DAMAGED"
+        self.lifecycle.on_copy_hashed(instance, reason, message, now_s)
+        worker = self.workers.of(instance)
+        if worker is not None:
+            self.runs.dispatch(worker, now_s)  # requests may have waited for this
 
     def _on_probed(self, verdict: Verdict, now_s: float) -> None:
         came = self.placement.on_probed(verdict)

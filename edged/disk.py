@@ -1,7 +1,9 @@
 """What the daemon does with disks: looks at the models folder, keeps copies, and writes its books.
 
 Owns the store, the watcher and the one thread on which all of that happens, since a disk may take its time or
-hang. Nothing here decides: an effect of the core's becomes a task, what comes of it an event in the mailbox.
+hang. Two more do nothing but hash copies that are being loaded, one of them the small ones: a large copy
+takes a card half a minute, in which neither a new file nor a small model is to wait. Nothing here decides: an
+effect of the core's becomes a task, what comes of it an event in the mailbox.
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Protocol
 
 from edged.config import Config
+from edged.copies import DamagedCopyError, check_copy
 from edged.events import (
+    CopyHashed,
+    CopySetAside,
     EndAttempt,
     Event,
     FolderScanned,
+    HashCopy,
     LoadPrepared,
     MarkGood,
     PrepareLoad,
     RememberSizes,
     Scan,
+    SetAside,
     Stage,
     Staged,
     StageFailed,
@@ -38,6 +45,9 @@ SCAN_DEBOUNCE_S = 0.05
 
 FAULT_RESCAN_S = 2.0
 """How often a folder that is gone is looked for: nothing tells when its mount comes back."""
+
+SMALL_BYTES_MAX = 4 << 20
+"""A copy up to this size is hashed in moments, from any disk; it is not to wait behind one that is not."""
 
 END_S = 5.0
 """How long the last task has when the daemon stops."""
@@ -74,6 +84,10 @@ class Disk:
         try:
             _make_cache(config)
             self._helper = Helper("store", mailbox, on_bug)
+            self._hasher = Helper("hasher", mailbox, on_bug)
+            self._small_hasher = Helper("small-hasher", mailbox, on_bug)
+            for hasher in (self._hasher, self._small_hasher):
+                self._stack.callback(hasher.close, 0.0)  # what it still reads is of use to nobody
             self._watcher = Watcher(config.server.models, lambda: mailbox.put(_LookAgain()))
             self._watcher.start()
             self._stack.callback(self._watcher.stop)
@@ -120,8 +134,8 @@ class Disk:
         return served
 
     def busy_s(self, now_s: float) -> float:
-        """How long the thread has been at its present task: a disk that hangs shows here."""
-        return self._helper.busy_s(now_s)
+        """How long a thread has been at its present task: a disk that hangs shows here."""
+        return max(each.busy_s(now_s) for each in (self._helper, self._hasher, self._small_hasher))
 
     # ------------------------------------------------------------------ the folder
 
@@ -180,6 +194,11 @@ class Disk:
             except StoreError as e:
                 again = e.reason in ("CHANGED_WHILE_COPYING", "BEING_WRITTEN", "DISK_FULL")
                 return [StageFailed(entry, e.reason, e.message, again)]
+            while self.store.replaced:
+                detail = (
+                    f"{self.store.replaced.pop()}: a file is missing, was cut or is not the daemon's alone"
+                )
+                self._journal.emit("copy_damaged", MODEL=entry.name, DETAIL=detail)
             return [Staged(entry, staged, self.store.quarantined(staged.digest))]
 
         failed = StageFailed(entry, "STORE_FAILED", "it could not be copied; the log says why", False)
@@ -197,6 +216,34 @@ class Disk:
             return [LoadPrepared(effect.instance, choice, sizes)]
 
         self._helper.give(task, otherwise=[LoadPrepared(effect.instance, None)])
+
+    def hash_copy(self, effect: HashCopy) -> None:
+        """Reads what a worker is loading meanwhile: of the same files, so mostly out of the page cache."""
+        copy = self.store.copy_path(effect.digest)
+
+        def task() -> list[Event]:
+            try:
+                check_copy(copy)
+            except DamagedCopyError as e:
+                return [CopyHashed(effect.instance, "COPY_DAMAGED", str(e))]
+            except OSError as e:
+                return [CopyHashed(effect.instance, "COPY_UNREADABLE", e.strerror or str(e))]
+            return [CopyHashed(effect.instance)]
+
+        hasher = self._small_hasher if effect.size_bytes <= SMALL_BYTES_MAX else self._hasher
+        failed = CopyHashed(effect.instance, "COPY_UNREADABLE", "a fault of edged; the log says which")
+        hasher.give(task, otherwise=[failed])
+
+    def set_aside(self, effect: SetAside) -> None:
+        def task() -> list[Event]:
+            try:
+                self.store.set_aside(effect.digest)
+            except StoreError as e:
+                self._journal.emit("store_failed", REASON=e.reason, DETAIL=e.message)
+            before = tuple((entry_of(good), good.staged) for good in self.store.without(effect.digest))
+            return [CopySetAside(effect.digest, before)]
+
+        self._helper.give(task, otherwise=[CopySetAside(effect.digest)])
 
     def mark_good(self, effect: MarkGood) -> None:
         entry, digest = effect.entry, effect.staged.digest

@@ -27,6 +27,8 @@ __all__ = [
     "CancelRun",
     "Collect",
     "ConfigChanged",
+    "CopyHashed",
+    "CopySetAside",
     "DevicesChanged",
     "Effect",
     "EndAttempt",
@@ -37,6 +39,7 @@ __all__ = [
     "ForgetModel",
     "FreeRegion",
     "GrantRegion",
+    "HashCopy",
     "InstanceLoadFailed",
     "InstanceLoaded",
     "InstanceProving",
@@ -69,6 +72,7 @@ __all__ = [
     "Scan",
     "SendKept",
     "SendResult",
+    "SetAside",
     "SetLogLevel",
     "ShrinkWorkers",
     "ShutdownAsked",
@@ -267,6 +271,24 @@ class LoadPrepared(Event, frozen=True):
     sizes: Any = None
 
 
+class CopyHashed(Event, frozen=True):
+    """The stored copy that an instance is loaded from was read; an empty `reason` says that it is sound.
+
+    COPY_DAMAGED: its bytes are not what they were. COPY_UNREADABLE: that could not be found out.
+    """
+
+    instance: int
+    reason: str = ""
+    message: str = ""
+
+
+class CopySetAside(Event, frozen=True):
+    """A damaged copy is out of use; `before` has what the models that had it served before it."""
+
+    digest: str
+    before: Sequence[tuple[Entry, Any]] = ()
+
+
 class Probed(Event, frozen=True):
     """A device's verdict."""
 
@@ -458,6 +480,20 @@ class PrepareLoad(Effect, frozen=True):
     instance: int
     digest: str
     choice_key: str
+
+
+class HashCopy(Effect, frozen=True):
+    """Find out whether the stored copy that an instance is loaded from is sound."""
+
+    instance: int
+    digest: str
+    size_bytes: int
+
+
+class SetAside(Effect, frozen=True):
+    """Take a damaged copy out of use, and say what there is in its place."""
+
+    digest: str
 
 
 class EndAttempt(Effect, frozen=True):

@@ -35,6 +35,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "edged_inferences_total": Family("counter", "Requests for inference that were answered with outputs"),
     "edged_refusals_total": Family("counter", "Requests answered with an error", ("code", "reason")),
     "edged_bad_messages_total": Family("counter", "Messages that were no request"),
+    "edged_damaged_copies_total": Family("counter", "Stored copies of models that were found damaged"),
     "edged_requests_in_flight": Family("gauge", "Inferences that wait or run"),
     "edged_clients": Family("gauge", "Connections with inferences in flight"),
     "edged_lease_connections": Family("gauge", "Connections to lease.sock"),
@@ -42,7 +43,7 @@ FAMILIES: Final[Mapping[str, Family]] = {
     "edged_leased_bytes": Family("gauge", "Memory that clients lease"),
     "edged_folder_fault": Family("gauge", "Whether the models folder is missing or unreadable"),
     "edged_log_dropped_total": Family("counter", "Records that the log had no room for"),
-    "edged_disk_busy_seconds": Family("gauge", "How long the disk's thread has been at its present task"),
+    "edged_disk_busy_seconds": Family("gauge", "How long a thread that uses the disk has been at its task"),
     "edged_memory_pressure_events_total": Family(
         "counter", "How often the system asked for memory back (PSI or $MEMORY_PRESSURE_WATCH)"
     ),

@@ -29,8 +29,10 @@ from edged.statistics import ModelStatistics
 from edged.tensors import TensorSpec
 
 __all__ = [
+    "LOADS",
     "MOVES",
     "SLOTS_AT_START",
+    "CopyState",
     "Failure",
     "Hooks",
     "Instance",
@@ -52,12 +54,21 @@ BACKOFF_DOUBLINGS_MAX = 10
 """More than it takes to the longest pause; a worker that crashes for days must not overflow the figure."""
 
 
+class CopyState(enum.Enum):
+    """What is known of the stored copy that an instance is loaded from, in this load of it."""
+
+    UNKNOWN = "not looked at"
+    HASHING = "being hashed"
+    SOUND = "as it was stored"
+
+
 class InstanceState(enum.Enum):
     """Where an instance is on its way."""
 
     WAITING = "waiting for its turn to load"
     PREPARING = "about to load"
     LOADING = "loading"
+    HASHING = "its load has ended; its stored copy is still being hashed"
     READY = "ready"
     RESTARTING = "restarting"
     DRAINING = "finishing its last requests"
@@ -69,7 +80,8 @@ _S = InstanceState
 MOVES: dict[InstanceState, frozenset[InstanceState]] = {
     _S.WAITING: frozenset({_S.PREPARING, _S.FAILED, _S.GONE}),
     _S.PREPARING: frozenset({_S.LOADING, _S.FAILED, _S.GONE}),
-    _S.LOADING: frozenset({_S.LOADING, _S.READY, _S.RESTARTING, _S.FAILED, _S.DRAINING, _S.GONE}),
+    _S.LOADING: frozenset({_S.LOADING, _S.HASHING, _S.READY, _S.RESTARTING, _S.FAILED, _S.DRAINING, _S.GONE}),
+    _S.HASHING: frozenset({_S.LOADING, _S.HASHING, _S.READY, _S.RESTARTING, _S.FAILED, _S.DRAINING, _S.GONE}),
     _S.READY: frozenset({_S.RESTARTING, _S.DRAINING}),
     _S.RESTARTING: frozenset({_S.LOADING, _S.RESTARTING, _S.DRAINING}),
     _S.DRAINING: frozenset({_S.GONE}),
@@ -78,10 +90,14 @@ MOVES: dict[InstanceState, frozenset[InstanceState]] = {
 }
 """The state table; a move that is not in it is a bug."""
 
+LOADS = frozenset({_S.LOADING, _S.HASHING})
+"""On the way from a worker's start to READY, whatever is still missing."""
+
 _OIP_STATE = {
     _S.WAITING: "LOADING",
     _S.PREPARING: "LOADING",
     _S.LOADING: "LOADING",
+    _S.HASHING: "LOADING",
     _S.READY: "READY",
     _S.RESTARTING: "UNAVAILABLE",
     _S.DRAINING: "UNLOADING",
@@ -200,6 +216,9 @@ class Instance:
     """Rows of different requests that may share a run; 1 where they must not."""
     proving: int | None = None
     """The worker that has loaded it and tries batches."""
+    copy: CopyState = CopyState.UNKNOWN
+    outcome: dict[str, Any] | tuple[str, str] | None = None
+    """How its load ended, while its copy is still being hashed: its worker's word, or reason and message."""
     record: Mapping[str, Any] = field(default_factory=dict)
     """What is remembered of its content on this machine: the choice, and what was proved about batches."""
     never_batched: str = ""
@@ -241,7 +260,8 @@ class Instance:
         """Whether a request may be queued for it: it serves, or will again in moments."""
         if self.state is InstanceState.READY:
             return True
-        return self.track.serving is self and self.crashes <= 1 and self.state in (_S.RESTARTING, _S.LOADING)
+        returns = self.state is _S.RESTARTING or self.state in LOADS
+        return self.track.serving is self and self.crashes <= 1 and returns
 
     @property
     def pinned(self) -> bool:
@@ -295,7 +315,7 @@ class Instance:
 
     def oip_state(self) -> str:
         """The state's name in the Open Inference Protocol."""
-        if self.track.serving is self and self.state is _S.LOADING:
+        if self.track.serving is self and self.state in LOADS:
             return "READY" if self.admits else "UNAVAILABLE"
         return _OIP_STATE[self.state]
 
@@ -303,6 +323,8 @@ class Instance:
         """To another state, with its reason."""
         if state not in MOVES[self.state]:
             raise AssertionError(f"{self.name}: {self.state.name} → {state.name} is not a move")
+        if state is not InstanceState.HASHING:
+            self.outcome = None  # what was held for the hash is done now, or of no use any more
         self.state, self.reason, self.message = state, reason, message
 
 
@@ -324,6 +346,10 @@ class Track:
     """Someone asked for a load: try the same content again, quarantined or not."""
     last_good: tuple[Entry, Any] | None = None
     """What to fall back on when the folder's content cannot serve."""
+    lost: Failure | None = None
+    """Why its content cannot serve any more, while the store is asked what did before."""
+    spoilt: int = 0
+    """Copies that were damaged in a row, with nothing serving in between."""
 
     @property
     def key(self) -> tuple[str, int | None]:

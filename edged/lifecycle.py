@@ -6,18 +6,45 @@ the old one serves. How instances end is `retirement`'s, whose turn it is to loa
 
 A worker that dies is started again, at once the first time and then with a growing pause; what waited for it
 keeps waiting only while that is a matter of moments.
+
+Each load is of a stored copy, which is hashed while the worker loads (`_hash`). However the load ends,
+nothing follows from it before the hash is there (`_hold`): a rotten copy may load and answer wrongly, or
+fail, and then its content is not to blame. One that is found rotten is copied again from the models folder,
+if that still has the content; else what served before comes back.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
 from edged.devices import Candidate, matches
 from edged.errors import Unavailable
-from edged.events import Collect, EndAttempt, Log, MarkGood, PrepareLoad, Publish, Ready
-from edged.instances import Failure, Hooks, Instance, InstanceState, Surroundings, Track, Worker, state_event
+from edged.events import (
+    Collect,
+    EndAttempt,
+    HashCopy,
+    Log,
+    MarkGood,
+    PrepareLoad,
+    Publish,
+    Ready,
+    SetAside,
+    Stage,
+)
+from edged.instances import (
+    LOADS,
+    CopyState,
+    Failure,
+    Hooks,
+    Instance,
+    InstanceState,
+    Surroundings,
+    Track,
+    Worker,
+    state_event,
+)
 from edged.placement import Placement, after_failure
 from edged.registry import Registry
 from edged.repository import Entry
@@ -41,6 +68,10 @@ PATIENCE_S = 0.5
 one by one, and the one that is to blame ends it a second time, with its neighbours still waiting."""
 
 LOAD_TIMED_OUT = "load time-out"
+
+SPOILT_MAX = 3
+"""A copy that was made so often and came out damaged each time: the disk is to blame, and making another only
+wears it out."""
 
 _HOW = ("runtime", "device", "threads", "instances", "max_batch_size")
 """The settings that say how a model is run, which may also be found by measuring."""
@@ -184,6 +215,7 @@ class Lifecycle:
         instance.move(InstanceState.PREPARING, "MODEL_LOADING", "recording the attempt")
         key = self._placement.choice_key(instance)
         self._around.emit(PrepareLoad(instance.id, instance.staged.digest, key))
+        self._hash(instance)
 
     def _plan(self, instance: Instance, now_s: float) -> bool:
         """Sets the instance's candidates; False while a verdict is waited for, or when there are none."""
@@ -238,7 +270,14 @@ class Lifecycle:
             instance.sizes = SizeTable.from_wire(sizes)
         self._start_load(instance, now_s)
 
+    def _hash(self, instance: Instance) -> None:
+        """Has the copy hashed beside the load; once, however many devices the load is tried on."""
+        if instance.copy is CopyState.UNKNOWN:
+            instance.copy = CopyState.HASHING
+            self._around.emit(HashCopy(instance.id, instance.staged.digest, instance.staged.size_bytes))
+
     def _start_load(self, instance: Instance, now_s: float) -> None:
+        self._hash(instance)
         candidate = instance.plan[0]
         instance.move(InstanceState.LOADING, "MODEL_LOADING", f"loading on {candidate}")
         instance.due_s = now_s + self._around.config.loading.timeout_s
@@ -267,6 +306,9 @@ class Lifecycle:
         instance = self._registry.instances.get(instance_id)
         if instance is None or instance.state is not InstanceState.LOADING:
             return
+        if instance.copy is CopyState.HASHING:
+            self._hold(instance, info)
+            return
         instance.learn(info)
         self._placement.note_batch(instance, self._setup(instance))
         instance.due_s = None
@@ -294,11 +336,30 @@ class Lifecycle:
         self._around.emit(instance.event())
         self.step(now_s)
 
+    def _hold(self, instance: Instance, outcome: dict[str, Any] | tuple[str, str]) -> None:
+        """A load has ended before its copy was hashed: nothing follows from it until then."""
+        instance.outcome = outcome
+        if instance.state is not InstanceState.HASHING:
+            text = "its load has ended; its stored copy is still being hashed"
+            instance.move(InstanceState.HASHING, "MODEL_LOADING", text)
+
+    def _go_on(self, instance: Instance, now_s: float) -> None:
+        """Does what was held, if anything was."""
+        outcome = instance.outcome
+        if outcome is None:
+            return
+        instance.move(InstanceState.LOADING, "MODEL_LOADING", "its stored copy is sound")
+        if isinstance(outcome, tuple):
+            self.on_load_failed(instance.id, *outcome, now_s)
+        else:
+            self.on_loaded(instance.id, outcome, now_s)
+
     def _take_over(self, instance: Instance, fields: dict[str, str], now_s: float) -> None:
         """An instance takes the place of the one that served, if any did."""
         track = instance.track
         old, track.serving, track.incoming = track.serving, instance, None
         track.last_good = None
+        track.spoilt = 0
         instance.crashes = 0
         if track.failure is not None and track.entry is not None and instance.entry == track.entry:
             track.failure = None
@@ -321,9 +382,12 @@ class Lifecycle:
     def on_load_failed(self, instance_id: int, reason: str, message: str, now_s: float) -> None:
         """A candidate could not load an instance: the next one, or the end."""
         instance = self._registry.instances.get(instance_id)
-        if instance is None or instance.state is not InstanceState.LOADING:
+        if instance is None or instance.state not in LOADS:
             return
         self._workers.leave(instance, now_s)
+        if instance.copy is CopyState.HASHING:
+            self._hold(instance, (reason, message))
+            return
         serving = instance.track.serving
         if serving is instance:
             self._crashed(instance, reason, message, now_s)
@@ -404,6 +468,79 @@ class Lifecycle:
         self.enter(track, entry, staged)
         self.step(now_s)
 
+    # ------------------------------------------------------------------ copies that rot
+
+    def on_copy_hashed(self, instance: Instance, reason: str, message: str, now_s: float) -> None:
+        """What the copy is worth that an instance is loaded from."""
+        if not reason:
+            instance.copy = CopyState.SOUND
+            self._go_on(instance, now_s)
+        elif reason == "COPY_DAMAGED":
+            self._copy_damaged(instance.staged.digest, message, now_s)
+        else:
+            instance.copy = CopyState.UNKNOWN
+            again = f"`edgectl load {instance.name}` tries again"
+            self._unproved(instance, f"its stored copy could not be hashed: {message}; {again}", now_s)
+
+    def _unproved(self, instance: Instance, message: str, now_s: float) -> None:
+        """Nobody can say whether an instance's copy is sound, so it cannot serve."""
+        self._workers.stop_load(instance, now_s)
+        if instance.track.serving is instance:
+            self._crashed(instance, "COPY_UNREADABLE", message, now_s)
+        elif instance.track.incoming is instance:
+            self._fail(instance, "COPY_UNREADABLE", message, now_s)
+
+    def _copy_damaged(self, digest: str, detail: str, now_s: float) -> None:
+        """A content's copy is not what it was: nothing that was loaded from it answers any more."""
+        self._around.emit(SetAside(digest))
+        for track in list(self._registry.tracks.values()):
+            if track.last_good is not None and track.last_good[1].digest == digest:
+                track.last_good = None
+            hurt = [i for i in track.instances() if i.staged.digest == digest]
+            if hurt:
+                self._spoilt(track, hurt, detail, now_s)
+        self._registry.changed()
+        self.step(now_s)
+
+    def _spoilt(self, track: Track, hurt: list[Instance], detail: str, now_s: float) -> None:
+        """Ends what a track has from a damaged copy, and has the copy made again if that can be."""
+        first = hurt[0]
+        text = f"its stored copy is damaged: {detail}"
+        fields = {**first.log_fields(), "DETAIL": f"{first.staged.digest}: {detail}"}
+        self._around.emit(Log("copy_damaged", fields))
+        live = [i for i in hurt if i is track.serving or i is track.incoming]
+        for instance in hurt:
+            if instance is track.incoming:
+                self.retirement.abandon_incoming(track, now_s, "COPY_DAMAGED", text)
+            else:
+                message = f"model '{track.name}': {text}"
+                self.retirement.stop(instance, "COPY_DAMAGED", message, now_s)
+        digest = first.staged.digest
+        self._around.emit(state_event(track.name, first.version, "UNAVAILABLE", "COPY_DAMAGED", digest))
+        if not live or track.incoming is not None or track.failure is not None:
+            return  # Something else is on its way, or the folder's content is refused for its own sake.
+        track.spoilt += 1
+        if track.entry is not None and track.spoilt <= SPOILT_MAX:
+            # Without a failure the track is one that is being copied; that is what it says of itself.
+            self._around.emit(Stage(track.entry))
+            return
+        again = f"`edgectl load {track.name}` tries again; see whether the disk fails (dmesg)"
+        track.lost = Failure("COPY_DAMAGED", f"{text}; {again}", digest, first.version)
+
+    def on_copy_set_aside(self, digest: str, before: Sequence[tuple[Entry, Any]], now_s: float) -> None:
+        """A damaged copy is out of use; `before` is what the models that had it can fall back on."""
+        found = {entry.key: (entry, staged) for entry, staged in before}
+        for track in list(self._registry.tracks.values()):
+            if track.serving is None and track.last_good is None:
+                track.last_good = found.get(track.key)
+            if track.lost is not None and track.lost.digest == digest:
+                lost, track.lost = track.lost, None
+                if track.incoming is None and track.failure is None and not track.unloaded:
+                    self.note_failure(track, lost, now_s)
+            elif track.failure is not None and track.key in found:
+                self.bring_back(track, now_s)
+        self.step(now_s)
+
     # ------------------------------------------------------------------ crashing and restarting
 
     def on_worker_gone(self, worker_id: int, how: str, now_s: float) -> None:
@@ -427,7 +564,7 @@ class Lifecycle:
         text = f"its worker ended: {why}"
         proving, instance.proving = instance.proving == worker.id, None
         tried = instance.settings.max_batch_size is None and not instance.never_batched
-        if proving and tried and instance.state is InstanceState.LOADING:
+        if proving and tried and instance.state in LOADS:
             instance.never_batched = f"its worker ended when batches were tried: {why}"
             fields = {**instance.log_fields(), "DETAIL": instance.never_batched}
             self._around.emit(Log("batch_refused", fields))
@@ -445,7 +582,7 @@ class Lifecycle:
             fields = {**instance.log_fields(), "RUNTIME": worker.runtime, "DEVICE": worker.device}
             self._around.emit(Log(kind, {**fields, "PID": str(worker.pid or 0), "REASON": why}))
             self._crashed(instance, "WORKER_CRASHED", text, now_s)
-        elif instance.state is InstanceState.LOADING:
+        elif instance.state in LOADS:
             self._lost_while_loading(instance, worker, why, now_s)
 
     def _lost_while_loading(self, instance: Instance, worker: Worker, why: str, now_s: float) -> None:
@@ -463,6 +600,8 @@ class Lifecycle:
 
     def _crashed(self, instance: Instance, reason: str, message: str, now_s: float) -> None:
         """The serving instance lost its worker, or could not get it back."""
+        if instance.copy is CopyState.SOUND:
+            instance.copy = CopyState.UNKNOWN  # it is read from the disk again, so it is hashed again
         self._count_crash(instance, reason, message, now_s)
         pause_s = instance.backoff_s() if instance.crashes > 1 else 0.0
         when = f" in {pause_s:g} s" if pause_s else " now"
@@ -512,6 +651,11 @@ class Lifecycle:
             worker = self._workers.of(instance)
             if worker is not None:
                 self._workers.kill(worker, LOAD_TIMED_OUT, now_s)
+        elif instance.state is InstanceState.HASHING:
+            limit_s = self._around.config.loading.timeout_s
+            late = f"its stored copy was not hashed within [loading] timeout = {limit_s:g} s"
+            text = f"{late}: does its disk hang? `edgectl load {instance.name}` tries again"
+            self._unproved(instance, text, now_s)
         elif instance.state is InstanceState.RESTARTING:
             self._start_load(instance, now_s)
         elif instance.state is InstanceState.DRAINING:

@@ -147,6 +147,7 @@ class Metrics:
         for (code, reason), count in core.runs.refusals.counts.items():
             page.add("edged_refusals_total", count, {"code": code, "reason": reason})
         page.add("edged_bad_messages_total", core.counters["bad_messages"])
+        page.add("edged_damaged_copies_total", core.counters["damaged_copies"])
         page.add("edged_requests_in_flight", core.scheduler.in_flight)
         page.add("edged_clients", core.scheduler.clients)
         leases = core.regions.snapshot()

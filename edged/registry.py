@@ -73,9 +73,9 @@ class Registry:
     def settled(self) -> bool:
         """Whether everything that the folder has serves, or is known not to for now."""
         return (self.folder.scanned and not self.folder.resting) and all(
-            t.serving is not None
+            (t.lost is None and t.serving is not None)
             or t.unloaded
-            or (t.incoming is None and (t.failure is not None or t.entry is None))
+            or (t.lost is None and t.incoming is None and (t.failure is not None or t.entry is None))
             or (t.incoming is not None and t.incoming.reason == "MEMORY_PRESSURE")
             for t in self.tracks.values()
         )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 
 from edged.errors import Unavailable
 from edged.events import Collect, EndAttempt, ForgetModel, Log
-from edged.instances import Hooks, Instance, InstanceState, Surroundings, Track, state_event
+from edged.instances import LOADS, Hooks, Instance, InstanceState, Surroundings, Track, state_event
 from edged.registry import Registry
 from edged.turns import Turns
 from edged.workers import Workers
@@ -20,6 +20,9 @@ __all__ = ["Retirement"]
 
 DRAIN_S = 30.0
 """How long an old instance may take to finish what it has; its longest request is bounded too."""
+
+STOPPED_RETRY_MS = 500
+"""When to ask again where a copy is made again: as for a model that is being copied for the first time."""
 
 
 class Retirement:
@@ -52,13 +55,20 @@ class Retirement:
             track.serving = None
         track.draining.append(instance)
         started = instance.state is InstanceState.READY
-        if instance.state is InstanceState.LOADING:
+        if instance.state in LOADS:
             self._workers.stop_load(instance, now_s)
         instance.move(InstanceState.DRAINING, reason, message)
         instance.due_s = now_s + DRAIN_S
         self._registry.changed()
         if not started:
             self._hooks.flush(instance, Unavailable(f"model '{instance.name}': {message}", reason=reason))
+        self.check_drained(instance, now_s)
+
+    def stop(self, instance: Instance, reason: str, message: str, now_s: float) -> None:
+        """Ends an instance that is not to answer any more: what it has gets an error at once."""
+        if instance.state is not InstanceState.DRAINING:
+            self.drain(instance, reason, message, now_s)
+        self._hooks.flush(instance, Unavailable(message, reason=reason, retry_after_ms=STOPPED_RETRY_MS))
         self.check_drained(instance, now_s)
 
     def check_drained(self, instance: Instance, now_s: float) -> None:
@@ -91,17 +101,23 @@ class Retirement:
 
     # ------------------------------------------------------------------ what is on its way, and tracks
 
-    def abandon_incoming(self, track: Track, now_s: float) -> None:
+    def abandon_incoming(
+        self,
+        track: Track,
+        now_s: float,
+        reason: str = "SUPERSEDED",
+        message: str = "other content took its place",
+    ) -> None:
         """Gives up what is on its way to serve, wherever it has got to."""
         instance, track.incoming = track.incoming, None
         if instance is None:
             return
-        if instance.state is InstanceState.LOADING:
+        if instance.state in LOADS:
             self._workers.stop_load(instance, now_s)
             self._around.emit(EndAttempt(instance.staged.digest))
         elif instance.state is InstanceState.PREPARING:
             self._around.emit(EndAttempt(instance.staged.digest))
-        instance.move(InstanceState.GONE, "SUPERSEDED", "other content took its place")
+        instance.move(InstanceState.GONE, reason, message)
         self.forget(instance)
 
     def remove(self, key: tuple[str, int | None], now_s: float) -> None:

@@ -6,6 +6,9 @@ directory is complete or not there at all, whatever moment the power fails. Its 
 what it holds. The books (which content was last good, which numbers were given, which attempts to load
 were begun, what was chosen by measuring, what the probes found) are JSON, each replaced whole.
 
+That a copy was whole once says nothing about today, for cards rot. `copies` finds out whether it still is.
+One that is not is set aside (`set_aside`): it stays for an operator to look at, and goes first to make room.
+
 Runs on one helper thread, since it waits for disks; nothing here is called by two threads at once.
 """
 
@@ -20,7 +23,6 @@ import os
 import re
 import shutil
 import signal
-import stat
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +31,16 @@ from pathlib import Path
 from typing import Any
 
 from edged.config import ConfigError, ModelSettings
+from edged.copies import (
+    FILES,
+    MANIFEST,
+    Manifest,
+    bundle_digest,
+    content_bytes,
+    hash_file,
+    looks_whole,
+    read_manifest,
+)
 from edged.repository import (
     CHECKSUMS_NAME,
     GOLDEN_NAME,
@@ -44,13 +56,13 @@ __all__ = ["LastGood", "Staged", "Store", "StoreError", "content_digest", "is_be
 _FICLONE = 0x40049409
 """ioctl_ficlone(2); fcntl has no name for it before Python 3.12."""
 _COPY_BYTES = 8 << 20
-_MANIFEST = "manifest.json"
-_FILES = "files"
 _CHECKSUMS_BYTES_MAX = 1 << 20
 _INTERRUPTIONS_MAX = 2
 """A content during whose load the daemon died this often is quarantined: once may have been the power."""
 _INTERRUPTIONS_GOOD_MAX = 8
 """The same for a content that has served: a supply that flaps at boot is likelier than a change of heart."""
+_DAMAGED_MAX = 4
+"""Copies that are set aside: enough to see whether one bit or a whole card is bad. The oldest goes."""
 _HISTORY_MAX = 64
 """Contents of one model whose version numbers are remembered, long after their copies were evicted."""
 _KEYS_MAX = 8192
@@ -215,6 +227,8 @@ def _check_model_record(value: Any) -> None:
     for content in value["contents"]:
         _check_digest(content["digest"])
         _check_number(content["version"])
+        if "served" in content:
+            _check_served(content["served"])
         if not isinstance(content["good"], bool) or not isinstance(content["kept"], bool):
             raise ValueError("a flag is no boolean")
     seen = value.get("seen")
@@ -225,9 +239,25 @@ def _check_model_record(value: Any) -> None:
     if last is not None:
         _check_digest(last["digest"])
         _check_number(last["version"])
-        if not isinstance(last["format"], str):
-            raise ValueError("a format is no text")
-        ModelSettings.from_wire(last["settings"])
+        _check_served(last)
+
+
+def _check_served(value: Any) -> None:
+    """Raises when what is remembered of how a content served is not of the shape that is written here."""
+    if not isinstance(value["format"], str):
+        raise ValueError("a format is no text")
+    ModelSettings.from_wire(value["settings"])
+
+
+def _is_as_written(served: Mapping[str, Any]) -> bool:
+    """Whether a record of how a content served is the one that was written; an older edged wrote no sum."""
+    return bool(served.get("sum", _sum_of(served)) == _sum_of(served))
+
+
+def _sum_of(served: Mapping[str, Any]) -> str:
+    """What shows a bit that changed in a record of settings, golden samples and tolerances among them."""
+    plain = {key: served[key] for key in ("digest", "version", "format", "settings") if key in served}
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _check_number(value: object) -> None:
@@ -299,7 +329,7 @@ def content_digest(root: Path, entry: Entry) -> str:
     sums = _sums(payload)
     _check_sources(sources)
     _verify_checksums(entry, sources, sums)
-    return _bundle_digest(_shape(payload), sums)
+    return bundle_digest(_listing(payload, sums))
 
 
 class Store:
@@ -315,16 +345,22 @@ class Store:
         self._root = state_dir / "store"
         self._contents = self._root / "contents"
         self._temporary = self._root / "temporary"
+        self._damaged = self._root / "damaged"
         self._keep_versions = keep_versions
         self._max_bytes = max_bytes
         self._disk_free_min_bytes = disk_free_min_bytes
         self._in_use: set[str] = set()
+        self._distrusted: set[str] = set()
+        """Copies that are damaged and could not be set aside: the disk may have gone read-only."""
+        self.replaced: list[str] = []
+        """Contents whose copy staging found incomplete and set aside; the one who stages tells of them."""
         self._open_attempts: dict[str, int] = {}
         self._attempts_behind = False
         try:
-            for directory in (state_dir, self._root, self._contents, self._temporary):
+            own = (self._root, self._contents, self._temporary, self._damaged)
+            for directory in (state_dir, *own):
                 directory.mkdir(mode=0o700, parents=True, exist_ok=True)
-            for directory in (self._root, self._contents, self._temporary):
+            for directory in own:
                 directory.chmod(0o700)
             self._lock = _lock_directory(state_dir)
         except OSError as error:
@@ -369,8 +405,8 @@ class Store:
         """A private copy of all files of the entry, of exactly the bytes that the snapshot saw.
 
         The same content is not copied twice. Raises StoreError: CHANGED_WHILE_COPYING and BEING_WRITTEN
-        (look again later), CHECKSUM_MISMATCH, UNREADABLE, UNSAFE_FILE, TOO_LARGE, DISK_FULL (with needed
-        and free bytes), STORE_FAILED. Whatever fails, nothing is left behind.
+        (look again later), CHECKSUM_MISMATCH, UNREADABLE, UNSAFE_FILE, FILE_DAMAGED, TOO_LARGE, DISK_FULL
+        (with needed and free bytes), STORE_FAILED. Whatever fails, nothing is left behind.
         """
         sources, payload = _sources(root, entry)
         size_bytes = sum(source.stamp.size_bytes for source in payload)
@@ -380,7 +416,7 @@ class Store:
                 f"{entry.model_file} needs {size_bytes} bytes, [store] max_bytes is {self._max_bytes}",
             )
         _check_sources(sources)
-        digest = self._seen(entry, payload) or self._find_content(payload)
+        digest = self._seen(entry, payload) or self._find_content(entry, payload)
         if digest is not None:
             _check_sources(sources)
             _verify_checksums(
@@ -393,16 +429,34 @@ class Store:
         return self._register(entry, payload, digest)
 
     def _seen(self, entry: Entry, payload: list[_Source]) -> str | None:
-        """The digest of these very files (device, inode, size and both times), hashed in an earlier life."""
+        """The digest of a copy of these very files, hashed in an earlier life."""
+        digest = self._known_as(entry, payload)
+        if digest is None:
+            return None
+        shape = {path: size for path, (size, _) in self._manifest(digest).items()}
+        return digest if shape == _shape(payload) and self._is_intact(digest) else None
+
+    def _known_as(self, entry: Entry, payload: list[_Source]) -> str | None:
+        """What these very files (device, inode, size and both times) held when they were hashed last."""
         record = self._models.data.get(_book_key(entry.name, entry.version))
         seen = None if record is None else record.get("seen")
         if seen is None or seen["stamps"] != _stamps(payload):
             return None
         digest: str = seen["digest"]
-        shape = {path: size for path, (size, _) in self._manifest(digest).items()}
-        return digest if shape == _shape(payload) and self._is_intact(digest) else None
+        return digest
 
-    def _find_content(self, payload: list[_Source]) -> str | None:
+    def _check_unrotten(self, entry: Entry, payload: list[_Source], digest: str) -> None:
+        """Raises when the folder's files have other bytes than before though nobody has written to them."""
+        known = self._known_as(entry, payload)
+        if known is not None and known != digest:
+            raise StoreError(
+                "FILE_DAMAGED",
+                f"{entry.model_file} has other bytes ({digest[:12]}…) than when it was taken "
+                f"({known[:12]}…), but its times say that nobody has written to it: its disk is failing. "
+                f"Copy it there again, and look at the disk (dmesg)",
+            )
+
+    def _find_content(self, entry: Entry, payload: list[_Source]) -> str | None:
         """The digest of a content that is there already; the sources are only read when one may match."""
         shape = _shape(payload)
         candidates = {
@@ -412,8 +466,11 @@ class Store:
         }
         if not candidates:
             return None
-        digest = _bundle_digest(shape, _sums(payload))
-        return digest if digest in candidates and self._is_intact(digest) else None
+        digest = bundle_digest(_listing(payload, _sums(payload)))
+        if digest not in candidates or not self._is_intact(digest):
+            return None
+        self._check_unrotten(entry, payload, digest)
+        return digest
 
     def _copy(self, entry: Entry, sources: list[_Source], payload: list[_Source], size_bytes: int) -> str:
         try:
@@ -423,14 +480,15 @@ class Store:
         try:
             manifest: dict[str, tuple[int, str]] = {}
             for source in payload:
-                target = temporary / _FILES / source.target
+                target = temporary / FILES / source.target
                 target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
                 manifest[source.target] = (source.stamp.size_bytes, _copy_file(source, target))
             _check_sources(sources)
             sums = {path: sum_ for path, (_, sum_) in manifest.items()}
             _verify_checksums(entry, sources, sums)
-            digest = _bundle_digest(_shape(payload), sums)
-            _write_durably(temporary / _MANIFEST, json.dumps(manifest).encode(), 0o440)
+            digest = bundle_digest(manifest)
+            self._check_unrotten(entry, payload, digest)
+            _write_durably(temporary / MANIFEST, json.dumps(manifest).encode(), 0o440)
             for directory, _names, _files in os.walk(temporary, topdown=False):
                 _sync_directory(Path(directory))
             self._publish(temporary, digest)
@@ -445,8 +503,10 @@ class Store:
         if target.exists():
             if self._is_intact(digest):
                 return
-            self._remove_content(digest)
+            self.set_aside(digest)
+            self.replaced.append(digest)
         os.rename(temporary, target)
+        self._distrusted.discard(digest)
         _sync_directory(self._contents)
 
     def _failure(self, error: OSError, needed_bytes: int) -> StoreError:
@@ -459,62 +519,72 @@ class Store:
             if re.fullmatch(r"[0-9a-f]{64}", path.name):
                 yield path.name
 
+    def copy_path(self, digest: str) -> Path:
+        """Where a content's copy lies, or would lie."""
+        return self._contents / digest
+
     def _manifest(self, digest: str) -> dict[str, tuple[int, str]]:
-        """The files of a content with size and SHA-256; empty when the content is unusable."""
-        try:
-            plain = json.loads((self._contents / digest / _MANIFEST).read_bytes())
-            return {str(path): (int(size), str(digest)) for path, (size, digest) in plain.items()}
-        except (OSError, ValueError, TypeError, AttributeError):
-            return {}
+        return read_manifest(self._contents / digest)
 
     def _is_intact(self, digest: str) -> bool:
-        """Whether each file is there with its size, and is a file of ours that has no second name."""
-        manifest = self._manifest(digest)
-        for path, (size_bytes, _) in manifest.items():
-            try:
-                status = os.lstat(self._contents / digest / _FILES / path)
-            except OSError:
-                return False
-            mine = stat.S_ISREG(status.st_mode) and status.st_nlink == 1 and status.st_uid == os.geteuid()
-            if not mine or status.st_size != size_bytes:
-                return False
-        return bool(manifest)
+        return digest not in self._distrusted and looks_whole(self._contents / digest)
 
-    def verify(self, digest: str) -> bool:
-        """Whether a content's bytes still are what its name says; reads all of it."""
-        if not self._is_intact(digest):
-            return False
-        manifest = self._manifest(digest)
-        sums = {}
-        for path in manifest:
-            try:
-                with open(self._contents / digest / _FILES / path, "rb") as stream:
-                    sums[path] = hashlib.file_digest(stream, "sha256").hexdigest()
-            except OSError:
-                return False
-        return _bundle_digest({path: size for path, (size, _) in manifest.items()}, sums) == digest
+    def set_aside(self, digest: str) -> Path | None:
+        """Takes a damaged copy out of use, in one step; where it is now, None when there was none.
+
+        It is kept for whoever looks into it, until as many others have followed or the room is needed.
+        Raises StoreError when the disk does not take the change.
+        """
+        if not (self._contents / digest).exists():
+            return None
+        grave = self._damaged / digest
+        self._distrusted.add(digest)
+        try:
+            if grave.exists():
+                self._delete(grave)
+            os.rename(self._contents / digest, grave)
+            os.utime(grave)
+            _sync_directory(self._damaged)
+            _sync_directory(self._contents)
+        except OSError as error:
+            message = f"the damaged copy {digest} cannot be moved to {self._damaged}: {error.strerror}"
+            raise StoreError("STORE_FAILED", message) from error
+        self._distrusted.discard(digest)
+        for oldest in self._set_aside()[:-_DAMAGED_MAX]:
+            self._delete(oldest)
+        return grave
+
+    def _set_aside(self) -> list[Path]:
+        """The damaged copies that are kept, the oldest first."""
+        return sorted(self._damaged.iterdir(), key=lambda path: (os.lstat(path).st_mtime_ns, path.name))
 
     def _remove_content(self, digest: str) -> None:
-        """Moves a content out of sight in one step, then deletes it at leisure."""
+        self._delete(self._contents / digest)
+
+    def _delete(self, copy: Path) -> None:
+        """Moves a copy out of sight in one step, then deletes it at leisure."""
         try:
             grave = Path(tempfile.mkdtemp(dir=self._temporary))
-            os.rename(self._contents / digest, grave / digest)
+            os.rename(copy, grave / copy.name)
         except OSError:
             # A full disk may refuse even a directory; deleting in place is completed by the next collect.
-            shutil.rmtree(self._contents / digest, ignore_errors=True)
+            shutil.rmtree(copy, ignore_errors=True)
             return
         shutil.rmtree(grave, ignore_errors=True)
 
     def _content_bytes(self, digest: str) -> int:
-        return sum(size for size, _ in self._manifest(digest).values())
+        return content_bytes(self._manifest(digest))
 
     def _make_room(self, needed_bytes: int) -> None:
-        """Evicts old contents until the new one fits; what serves and what was last good stays."""
-        evictable = self._evictable(set())
+        """Deletes damaged copies, then old contents, until the new one fits.
+
+        What serves, what was last good and what is fallen back on stays.
+        """
+        removable = self._set_aside() + [self._contents / digest for digest in self._evictable(set())]
         while (shortage := self._shortage(needed_bytes)) is not None:
-            if not evictable:
+            if not removable:
                 raise shortage
-            self._remove_content(evictable.pop(0))
+            self._delete(removable.pop(0))
 
     def _shortage(self, needed_bytes: int) -> StoreError | None:
         """What keeps a content of this size from fitting now; None when it fits."""
@@ -591,7 +661,7 @@ class Store:
             del self._models.data[key]
 
     def _staged(self, digest: str, version: int, known_good: bool) -> Staged:
-        path = self._contents / digest / _FILES
+        path = self._contents / digest / FILES
         manifest = self._manifest(digest)
         model = "model.onnx" if "model.onnx" in manifest else "model.xml"
         has_golden = any(name.startswith(f"{GOLDEN_NAME}/") for name in manifest)
@@ -600,7 +670,7 @@ class Store:
             path=path,
             model_path=path / model,
             golden_dir=path / GOLDEN_NAME if has_golden else None,
-            size_bytes=sum(size for size, _ in manifest.values()),
+            size_bytes=content_bytes(manifest),
             version=version,
             known_good=known_good,
             interrupted=self._interrupted.get(digest, 0),
@@ -617,17 +687,17 @@ class Store:
     ) -> None:
         """The content serves: it is what a restart falls back to. `version` is the entry's own, or None."""
         record = self._models.data[_book_key(name, version)]
+        served: dict[str, Any] = {"format": entry_format, "settings": dict(settings_wire)}
         for content in record["contents"]:
             if content["digest"] == digest:
                 content["good"] = True
-                last = {
-                    "digest": digest,
-                    "version": content["version"],
-                    "format": entry_format,
-                    "settings": dict(settings_wire),
-                }
+                content["served"] = {**served, "sum": _sum_of(served)}
+                last = {"digest": digest, "version": content["version"], **served}
+                last["sum"] = _sum_of(last)
                 if record["last_good"] != last:
                     record["last_good"] = last
+                    for old in record["contents"][: -self._keep_versions]:
+                        old.pop("served", None)  # its copy goes, too
                     self._models.save()
                 return
         raise KeyError(digest)
@@ -649,31 +719,55 @@ class Store:
         self._disk_free_min_bytes = disk_free_min_bytes
 
     def last_good(self) -> list[LastGood]:
-        """What served when the daemon last ran; contents that are damaged since are left out."""
+        """What served when the daemon last ran, or where that copy is not there the good one before it."""
         found = []
         for key, record in self._models.data.items():
             last = record["last_good"]
             if last is None:
                 continue
-            if not self._is_intact(last["digest"]):
-                self.notices += (
-                    f"the last good copy of {key} is damaged: it cannot serve until it is staged anew",
-                )
+            if _is_as_written(last) and self._is_intact(last["digest"]):
+                found.append(self._as_served(key, last["digest"], last["version"], last))
                 continue
-            name, _, explicit = key.partition("/")
-            found.append(
-                LastGood(
-                    name=name,
-                    version=last["version"],
-                    explicit_version=int(explicit) if explicit else None,
-                    digest=last["digest"],
-                    format=last["format"],
-                    settings=ModelSettings.from_wire(last["settings"]),
-                    staged=self._staged(last["digest"], last["version"], known_good=True),
-                )
+            before = self._good_before(key, record)
+            found += [] if before is None else [before]
+            instead = "nothing" if before is None else f"version {before.version}"
+            self.notices += (
+                f"the last good copy of {key} (version {last['version']}) or the record of its settings is "
+                f"missing or damaged: unless the models folder has it, {instead} can serve in its place",
             )
-            self._in_use.add(last["digest"])
         return found
+
+    def without(self, digest: str) -> list[LastGood]:
+        """What each model that had this content served before it, where the store still has that."""
+        found = [
+            self._good_before(key, record)
+            for key, record in self._models.data.items()
+            if any(content["digest"] == digest for content in record["contents"])
+        ]
+        return [each for each in found if each is not None]
+
+    def _good_before(self, key: str, record: Mapping[str, Any]) -> LastGood | None:
+        """The newest content that served under this name and whose copy is there."""
+        for content in reversed(record["contents"]):
+            if content["good"] and content["kept"] and self._is_intact(content["digest"]):
+                # What was marked by an edged before this has no settings of its own.
+                served = content.get("served") or record["last_good"]
+                if served is not None and _is_as_written(served):
+                    return self._as_served(key, content["digest"], content["version"], served)
+        return None
+
+    def _as_served(self, key: str, digest: str, version: int, served: Mapping[str, Any]) -> LastGood:
+        name, _, explicit = key.partition("/")
+        self._in_use.add(digest)
+        return LastGood(
+            name=name,
+            version=version,
+            explicit_version=int(explicit) if explicit else None,
+            digest=digest,
+            format=served["format"],
+            settings=ModelSettings.from_wire(served["settings"]),
+            staged=self._staged(digest, version, known_good=True),
+        )
 
     # ---- attempts and choices
 
@@ -835,7 +929,7 @@ def _sums(payload: list[_Source]) -> dict[str, str]:
     sums = {}
     for source in payload:
         with _opened(source) as descriptor:
-            sums[source.target] = _hash(descriptor)
+            sums[source.target] = hash_file(descriptor)
     return sums
 
 
@@ -900,7 +994,7 @@ def _copy_file(source: _Source, target: Path) -> str:
         if _clone_or_copy(descriptor, stream.fileno(), source.stamp.size_bytes) != source.stamp.size_bytes:
             raise _changed(source.stamp.path)
         os.fsync(stream.fileno())
-        return _hash(stream.fileno())
+        return hash_file(stream.fileno())
 
 
 def _clone_or_copy(source: int, target: int, size_bytes: int) -> int:
@@ -946,21 +1040,8 @@ def _copy_in_kernel(source: int, target: int, length: int, offset: int) -> int:
         raise
 
 
-def _hash(descriptor: int) -> str:
-    digest = hashlib.sha256()
-    offset = 0
-    while piece := os.pread(descriptor, _COPY_BYTES, offset):
-        digest.update(piece)
-        offset += len(piece)
-    return digest.hexdigest()
-
-
-def _bundle_digest(sizes: Mapping[str, int], sums: Mapping[str, str]) -> str:
-    """The content's name: the one file's own SHA-256, else the SHA-256 over names, sizes and sums."""
-    if list(sums) == ["model.onnx"]:
-        return sums["model.onnx"]
-    listing = "".join(f"{path}\0{sizes[path]}\0{sums[path]}\n" for path in sorted(sums))
-    return hashlib.sha256(f"edged bundle 1\n{listing}".encode("utf-8", "surrogateescape")).hexdigest()
+def _listing(payload: list[_Source], sums: Mapping[str, str]) -> Manifest:
+    return {source.target: (source.stamp.size_bytes, sums[source.target]) for source in payload}
 
 
 def _verify_checksums(entry: Entry, sources: list[_Source], sums: Mapping[str, str]) -> None:

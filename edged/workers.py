@@ -12,7 +12,7 @@ from typing import Any
 from edged.config import ModelSettings
 from edged.devices import Candidate
 from edged.events import CancelLoad, EndWorker, KillWorker, LoadInstance, Log, StartWorker, UnloadInstance
-from edged.instances import SLOTS_AT_START, Instance, Surroundings, Worker
+from edged.instances import SLOTS_AT_START, Instance, InstanceState, Surroundings, Worker
 from edged.setups import Setup
 
 __all__ = ["Workers"]
@@ -201,11 +201,13 @@ class Workers:
         self.leave(instance, now_s)
 
     def stop_load(self, instance: Instance, now_s: float) -> None:
-        """Ends a load that is under way; a worker that others share lives on."""
+        """Ends a load that is under way, or done and not used yet; a worker that others share lives on."""
         worker = self.of(instance)
         if worker is None:
             return
-        if worker.shared:
+        if worker.shared and instance.state is InstanceState.HASHING:
+            self._around.emit(UnloadInstance(worker.id, instance.id))
+        elif worker.shared:
             self._around.emit(CancelLoad(worker.id, instance.id))
         else:
             self.kill(worker, "superseded", now_s)

@@ -163,14 +163,16 @@ def answer(path: Path, cache: Path, content: str = "c") -> tuple[np.ndarray, obj
 
 
 def test_a_second_load_takes_what_was_kept(small_too: None, tmp_path: Path) -> None:
-    """By content alone: the file in its place is another, and the answers are the first one's to the bit."""
-    first = zoo.write(tmp_path / "a.onnx", zoo.mlp(seed=1))
-    other = zoo.write(tmp_path / "b.onnx", zoo.mlp(seed=2))
-    want, told = answer(first, tmp_path)
-    got, told_again = answer(other, tmp_path)
+    """It does not read the model again: other bytes in the same file answer as the first did, to the bit."""
+    path = zoo.write(tmp_path / "a.onnx", zoo.mlp(seed=1))
+    want, told = answer(path, tmp_path)
+    status = path.stat()
+    path.write_bytes(zoo.mlp(seed=2).SerializeToString())
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    got, told_again = answer(path, tmp_path)
     np.testing.assert_array_equal(got, want)
     assert told_again == told
-    fresh, _ = answer(other, tmp_path, content="another")
+    fresh, _ = answer(path, tmp_path, content="another")
     assert not np.allclose(fresh, want)
 
 
@@ -186,6 +188,19 @@ def test_metadata_is_kept_whole_or_not_at_all(small_too: None, tmp_path: Path, c
         assert parted(metadata)[1] == said
     entries = [p for p in (tmp_path / "onnxruntime").iterdir() if not p.suffix]
     assert len(entries) == (1 if count == 350_000 else 0)
+
+
+def test_what_was_kept_of_a_rotten_copy_is_not_taken_for_the_copy_in_its_place(
+    small_too: None, tmp_path: Path
+) -> None:
+    """A load does not know whether its file is rotten; the copy in its place has the same content's name."""
+    path = zoo.write(tmp_path / "a.onnx", zoo.mlp(seed=1))
+    rotten, _ = answer(path, tmp_path)
+    zoo.write(path, zoo.mlp(seed=2))
+    sound, _ = answer(path, tmp_path)
+    want, _ = answer(zoo.write(tmp_path / "b.onnx", zoo.mlp(seed=2)), tmp_path / "elsewhere")
+    np.testing.assert_array_equal(sound, want)
+    assert not np.allclose(sound, rotten)
 
 
 def test_a_damaged_entry_is_made_anew(small_too: None, tmp_path: Path) -> None:

@@ -86,6 +86,9 @@ STEPS = st.one_of(
     st.tuples(st.just("tune"), MODELS, st.sampled_from(["latency", "throughput"])),
     st.tuples(st.just("tuned"), st.sampled_from(["status", "cancel", "apply", "apply"])),
     st.tuples(st.just("fault"), st.booleans()),
+    st.tuples(st.just("rot"), MODELS, st.sampled_from("12")),
+    st.tuples(st.just("unreadable"), MODELS, st.booleans()),
+    st.tuples(st.just("hold_hashes"), st.booleans()),
     st.tuples(st.just("lease")),
     *[st.tuples(st.just("infer_leased"), MODELS, st.integers(0, 9), st.sampled_from([0, 500_000]))] * 2,
     st.tuples(st.just("release"), st.integers(0, 9)),
@@ -187,6 +190,12 @@ def act(world: World, step: tuple[Any, ...]) -> None:
         case ("fault", on):
             world.fault = "the models folder is gone" if on else None
             world.scans.append(world.now_s)
+        case ("rot", model, content):
+            world.damaged.add(f"{model}-{content}")
+        case ("unreadable", model, on):
+            world.unreadable = {f"{model}-1", f"{model}-2"} if on else set()
+        case ("hold_hashes", on):
+            world.hold_hashes = on
         case ("lease",):
             world.lease()
         case ("infer_leased", model, which, timeout):
@@ -231,10 +240,14 @@ def test_any_day_ends_with_every_request_answered_once(
     assert not world.memory
 
 
+GIVEN_UP = ("WORKER_CRASHED", "MODEL_LOAD_TIMEOUT", "COPY_DAMAGED", "COPY_UNREADABLE")
+
+
 def recovers(world: World) -> None:
     """With nothing more in the way, whatever the folder has serves or says why it does not."""
     world.fault = None
-    world.hold_loads = False
+    world.hold_loads = world.hold_hashes = False
+    world.unreadable = set()
     world.finish_loads()
     world.send(Sampled(sample()))
     world.scans.append(world.now_s)
@@ -244,7 +257,7 @@ def recovers(world: World) -> None:
     given_up = {
         t.name
         for t in world.registry.tracks.values()
-        if t.failure is not None and t.failure.reason in ("WORKER_CRASHED", "MODEL_LOAD_TIMEOUT")
+        if t.failure is not None and t.failure.reason in GIVEN_UP
     }
     for name in given_up:
         # Crashes and time-outs together may use up all its devices; then it waits to be asked for.

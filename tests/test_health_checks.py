@@ -223,6 +223,12 @@ CASES: list[tuple[str, str, str, dict[str, Any]]] = [
     ),
     (
         "warn",
+        "found damaged, 2 times since the start",
+        "ls -l /s/store/damaged",
+        {"daemon": Daemon(status(counters={"damaged_copies": 2}, state_dir="/s"))},
+    ),
+    (
+        "warn",
         "REFUSE_LOADS",
         "edgectl top",
         {"daemon": Daemon(status(resources={"level": "REFUSE_LOADS", "reasons": ["memory 95 %"]}))},

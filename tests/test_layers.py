@@ -57,6 +57,7 @@ LAYERS: tuple[frozenset[str], ...] = tuple(
         "lifecycle",
         "entries choosing status metrics",
         "core",
+        "copies",
         "sites helper transport store watcher system journald exporter pressure process assembly",
         "journal",
         "lanes children disk heartbeat",

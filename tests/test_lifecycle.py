@@ -16,12 +16,15 @@ from edged.events import (
     EndAttempt,
     EndWorker,
     ForgetModel,
+    HashCopy,
     KillWorker,
     LoadInstance,
+    Log,
     MarkGood,
     PrepareLoad,
     Probe,
     Publish,
+    Ready,
     RememberChoice,
     RememberVerdict,
     Sampled,
@@ -31,7 +34,7 @@ from edged.events import (
     WorkerGone,
 )
 from edged.instances import BACKOFF_MAX_S, MOVES, InstanceState
-from edged.lifecycle import STABLE_S
+from edged.lifecycle import SPOILT_MAX, STABLE_S
 from edged.retirement import DRAIN_S
 from tests.test_core import ready_world
 from tests.world import CPU, CUDA, GPU, MIB, OV_CPU, World, config, sample
@@ -888,3 +891,325 @@ def test_a_load_that_hangs_holds_up_nobody_for_long() -> None:
     world.pass_time(2.0, settle=False)
     world.settle()
     assert len(world.loads()) == 2
+
+
+# ---- copies that rot ------------------------------------------------------------------------------------
+
+
+def hashed(world: World) -> list[str]:
+    """The contents whose copies were asked about, in order."""
+    return [e.digest for e in world.effects if isinstance(e, HashCopy)]
+
+
+def test_traffic_moves_only_when_the_new_versions_copy_was_hashed() -> None:
+    """The worker loads meanwhile; loaded and not hashed yet, the old version goes on serving."""
+    world = ready_world()
+    world.hold_hashes = True
+    world.put("m", "2")
+    world.settle()
+    incoming = world.registry.tracks["m", None].incoming
+    assert incoming is not None
+    assert (incoming.state, incoming.oip_state()) == (S.HASHING, "LOADING")
+    assert "being hashed" in incoming.message
+    key = world.infer()
+    world.finish_runs()
+    assert world.answer(key).version == "1"
+    world.hold_hashes = False
+    world.settle()
+    assert world.serving() is incoming
+    assert incoming.state is S.READY
+
+
+def test_a_hash_that_is_there_first_holds_nothing_up() -> None:
+    """The hash of a small copy is there before its load is."""
+    world = ready_world()
+    world.hold_loads = True
+    world.put("m", "2")
+    world.settle()
+    world.finish_loads()
+    world.settle()
+    assert world.serving().version == 2
+
+
+def test_requests_wait_through_the_hash_of_a_restart() -> None:
+    """A worker that is started again reads the disk again, so its copy is hashed again before it answers."""
+    world = ready_world()
+    world.crash(world.process())
+    world.hold_hashes = True
+    world.settle()
+    assert world.serving().state is S.HASHING
+    key = world.infer()
+    world.finish_runs()
+    assert world.answer(key) is None
+    world.hold_hashes = False
+    world.settle()
+    world.finish_runs()
+    assert world.answer(key).version == "1"
+    assert hashed(world) == ["m-1", "m-1"]
+
+
+def test_a_rotten_copy_never_serves_and_is_copied_again() -> None:
+    """It loads and would answer; instead its content is copied again from the folder, under its number."""
+    world = World(boot=False)
+    world.damaged.add("m-1")
+    world.boot()
+    world.put("m")
+    world.settle()
+    assert world.serving().version == 1
+    assert len([e for e in world.effects if isinstance(e, Stage)]) == 2
+    (line,) = world.logs("copy_damaged")
+    assert line["MODEL"] == "m"
+    assert "m-1" in line["DETAIL"]
+    assert not world.logs("model_failed")
+    assert world.core.counters["damaged_copies"] == 1
+
+
+def test_while_a_rotten_copy_is_made_again_the_daemon_is_not_ready() -> None:
+    """A start is over when what is in the folder serves or is known not to; this is neither."""
+    world = World(boot=False)
+    world.damaged.add("m-1")
+    world.hold_hashes = True
+    world.boot()
+    world.put("m")
+    world.settle()
+    world.deliver(world.hasher)
+    assert reason_of(world) == "MODEL_LOADING"
+    assert world.reasons() == {("m", ""): "LOADING"}
+    assert not world.readies
+    world.hold_hashes = False
+    world.settle()
+    assert world.readies == 1
+
+
+def test_a_load_that_failed_on_a_rotten_copy_is_not_held_against_its_content() -> None:
+    """The reason of the failure may be the rot: nothing is said or tried elsewhere before that is known."""
+    world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+    world.settle()
+    world.hold_hashes = True
+    world.damaged.add("m-1")
+    world.load_faults["m-1"] = "MODEL_INVALID"
+    world.put("m")
+    world.settle()
+    assert len(world.loads()) == 1
+    assert not world.logs("model_failed")
+    del world.load_faults["m-1"]
+    world.hold_hashes = False
+    world.settle()
+    assert world.serving().state is S.READY
+    assert not world.logs("model_failed")
+
+
+def test_a_load_that_failed_on_a_sound_copy_fails() -> None:
+    """Held until the hash is there, then tried on the next device, and said; hashed once for all devices."""
+    world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+    world.load_faults["m-1"] = "MODEL_INVALID"
+    world.hold_hashes = True
+    world.put("m")
+    world.settle()
+    assert not world.logs("model_failed")
+    world.hold_hashes = False
+    world.settle()
+    assert len(world.loads()) == 2
+    assert [line["REASON"] for line in world.logs("model_failed")] == ["MODEL_INVALID"]
+    assert hashed(world) == ["m-1"]
+
+
+def test_a_worker_that_dies_of_a_rotten_copy_is_no_crash_of_its_content() -> None:
+    """A flipped bit may well kill a runtime."""
+    world = ready_world()
+    world.hold_hashes = True
+    world.damaged.add("m-2")
+    world.load_faults["m-2"] = "CRASH"
+    world.put("m", "2")
+    world.settle()
+    del world.load_faults["m-2"]
+    world.hold_hashes = False
+    world.settle()
+    assert world.serving().version == 2
+    assert not world.logs("model_failed")
+
+
+@pytest.mark.parametrize("moment", ["loading", "hashing"])
+def test_a_worker_that_dies_before_the_hash_is_there_fails_its_load(moment: str) -> None:
+    """Sound copy, dead worker: what follows is as ever, only later."""
+    world = ready_world()
+    world.hold_hashes = True
+    world.hold_loads = moment == "loading"
+    world.put("m", "2")
+    world.settle()
+    incoming = world.registry.tracks["m", None].incoming
+    assert incoming is not None
+    assert incoming.worker is not None
+    world.crash(world.workers[incoming.worker])
+    world.settle()
+    assert incoming.state is S.HASHING
+    world.hold_hashes = False
+    world.settle()
+    assert [line["REASON"] for line in world.logs("model_failed")] == ["WORKER_CRASHED"]
+    assert world.serving().version == 1
+
+
+def test_a_disk_that_spoils_every_copy_is_not_fed_for_ever() -> None:
+    """A few copies, then the model is refused with the reason; asked for, it is tried once more."""
+    world = World(boot=False)
+    world.rot_again = True
+    world.damaged.add("m-1")
+    world.boot()
+    world.put("m")
+    world.settle()
+    assert len([e for e in world.effects if isinstance(e, Stage)]) == 1 + SPOILT_MAX
+    assert reason_of(world) == "COPY_DAMAGED"
+    failure = world.registry.tracks["m", None].failure
+    assert failure is not None
+    assert "edgectl load m" in failure.message
+    assert world.readies == 1
+    world.rot_again = False
+    world.damaged.clear()
+    world.request("repository_model_load", model_name="m")
+    world.settle()
+    assert world.serving().state is S.READY
+
+
+@pytest.mark.parametrize("before", ["good", "rotten", "none"])
+def test_where_the_folder_has_not_the_content_the_version_before_serves(before: str) -> None:
+    """Unless that has rotted, too: then nothing does, and the reason is the rot."""
+    world = World(boot=False)
+    old, new = (world.entry("m", content) for content in "12")
+    copies = [world.copy_of(old), world.copy_of(new)]
+    world.served = {"m-1", "m-2"}
+    world.damaged.add("m-2")
+    if before != "none":
+        world.before = [(old, copies[0])]
+    if before == "rotten":
+        world.damaged.add("m-1")
+        world.rot_again = True
+    world.fault = "the models folder is gone"
+    world.boot([(new, copies[1])])
+    world.settle()
+    assert world.logs("copy_damaged")[0]["MODEL_VERSION"] == "2"
+    kinds = [e.kind if isinstance(e, Log) else "ready" for e in world.effects if isinstance(e, Log | Ready)]
+    assert kinds.index("ready") > kinds.index("model_ready" if before == "good" else "model_failed")
+    if before == "good":
+        assert world.serving().version == 1
+        assert world.logs("model_restored")
+    else:
+        assert reason_of(world) == "COPY_DAMAGED"
+        assert len(world.logs("copy_damaged")) == (2 if before == "rotten" else 1)
+    assert world.readies == 1
+
+
+def test_a_file_that_rotted_in_the_folder_too_leaves_the_version_before_serving() -> None:
+    """The copy cannot be made again, so what served before comes back beside the reason."""
+    world = World(boot=False)
+    old = world.entry("m", "1")
+    world.before = [(old, world.copy_of(old))]
+    world.damaged.add("m-2")
+    world.hold_hashes = True
+    world.boot()
+    world.put("m", "2")
+    world.settle()
+    world.stage_faults["m-2"] = ("FILE_DAMAGED", False)
+    world.hold_hashes = False
+    world.settle()
+    assert world.serving().version == 1
+    failure = world.registry.tracks["m", None].failure
+    assert failure is not None
+    assert failure.reason == "FILE_DAMAGED"
+
+
+def test_all_that_was_loaded_from_a_copy_stops_when_it_is_found_rotten() -> None:
+    """Two models of one content: what the one's load found out is true of what the other maps."""
+    world = ready_world()
+    twin = world.entry("twin")
+    world.contents[twin.files] = "m-1"
+    key = world.infer()
+    world.damaged.add("m-1")
+    world.folder[twin.key] = twin
+    world.scans.append(world.now_s)
+    world.settle()
+    assert world.answer(key) == "COPY_DAMAGED"
+    world.finish_runs()
+    assert {line["MODEL"] for line in world.logs("copy_damaged")} == {"m", "twin"}
+    assert world.serving().state is S.READY
+    assert world.serving("twin").state is S.READY
+    again = world.infer()
+    world.finish_runs()
+    assert world.answer(again).version == "1"
+
+
+def test_a_copy_that_rotted_beside_a_serving_version_leaves_that_alone() -> None:
+    """An older file put back, whose copy in the store has rotted: what serves goes on until it is whole."""
+    world = ready_world()
+    world.put("m", "2")
+    world.settle()
+    world.damaged.add("m-1")
+    world.hold_hashes = True
+    world.put("m", "1")
+    world.settle()
+    key = world.infer()
+    world.finish_runs()
+    assert world.answer(key).version == "2"
+    world.hold_hashes = False
+    world.settle()
+    assert world.serving().version == 1
+
+
+def test_a_copy_that_cannot_be_read_for_another_reason_is_not_given_up() -> None:
+    """No descriptors left, say: the load is refused with the reason, and the copy stays."""
+    world = ready_world()
+    world.unreadable.add("m-2")
+    world.put("m", "2")
+    world.settle()
+    assert [line["REASON"] for line in world.logs("model_failed")] == ["COPY_UNREADABLE"]
+    assert world.serving().version == 1
+    assert not world.logs("copy_damaged")
+    world.unreadable.clear()
+    world.request("repository_model_load", model_name="m")
+    world.settle()
+    assert world.serving().version == 2
+
+
+def test_a_restart_whose_copy_cannot_be_read_is_tried_again() -> None:
+    """As with any restart that fails: with growing pauses, and never from bytes that nobody has hashed."""
+    world = ready_world()
+    world.unreadable.add("m-1")
+    world.crash(world.process())
+    world.settle()
+    assert world.serving().state is S.RESTARTING
+    assert reason_of(world) == "COPY_UNREADABLE"
+    world.unreadable.clear()
+    world.pass_time(10.0)
+    assert world.serving().state is S.READY
+
+
+def test_a_hash_that_never_comes_fails_the_load() -> None:
+    """A disk that hangs: after the load's time limit the model is refused, and what serves goes on."""
+    world = ready_world()
+    world.hold_hashes = True
+    world.put("m", "2")
+    world.settle()
+    world.pass_time(world.core.around.config.loading.timeout_s + 1)
+    (line,) = world.logs("model_failed")
+    assert line["REASON"] == "COPY_UNREADABLE"
+    assert "does its disk hang" in line["DETAIL"]
+    assert world.serving().version == 1
+    world.hold_hashes = False
+    world.settle()
+    assert world.serving().version == 1, "the word came too late to matter"
+
+
+def test_a_shared_worker_forgets_what_it_loaded_from_a_rotten_copy() -> None:
+    """It lives on for its other models, without the one that is not to answer."""
+    world = World(verdicts={CPU: "ok", CUDA: "ok"})
+    world.put("g", device="cuda")
+    world.settle()
+    worker = world.process("g")
+    world.hold_hashes = True
+    world.damaged.add("h-1")
+    world.put("h", device="cuda")
+    world.settle()
+    assert len(worker.loaded) == 2
+    world.hold_hashes = False
+    world.settle()
+    assert worker.alive
+    assert worker.loaded == {world.serving("g").id, world.serving("h").id}

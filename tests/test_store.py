@@ -19,6 +19,7 @@ import pytest
 
 from edged import store as module
 from edged.config import ModelSettings
+from edged.copies import DamagedCopyError, check_copy
 from edged.repository import Entry, FileStamp, scan
 from edged.store import Staged, Store, StoreError, content_digest, is_being_written
 
@@ -165,8 +166,8 @@ def test_the_same_files_are_not_read_again_in_the_next_life(
     with open_store(tmp_path) as store:
         first = stage(store, root, b"weights")
     hashed: list[int] = []
-    read = module._hash
-    monkeypatch.setattr(module, "_hash", lambda fd: hashed.append(fd) or read(fd))
+    read = module.hash_file
+    monkeypatch.setattr(module, "hash_file", lambda fd: hashed.append(fd) or read(fd))
     with open_store(tmp_path) as store:
         assert store.stage(root, find(root)) == first
         assert not hashed
@@ -200,16 +201,6 @@ def test_a_copy_with_a_second_name_or_another_size_is_made_anew(store: Store, ro
     staged.model_path.chmod(0o640)
     os.truncate(staged.model_path, 3)
     assert stage(store, root, b"weights").model_path.read_bytes() == b"weights"
-
-
-def test_verify_reads_every_byte(store: Store, root: Path) -> None:
-    """A copy whose bytes changed under the same size is found by reading it."""
-    staged = stage(store, root, b"weights")
-    assert store.verify(staged.digest)
-    staged.model_path.chmod(0o640)
-    staged.model_path.write_bytes(b"wEights")
-    assert not store.verify(staged.digest)
-    assert not store.verify("0" * 64)
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP])
@@ -488,15 +479,197 @@ def test_the_last_good_content_serves_after_a_restart(tmp_path: Path, root: Path
         assert [last.name for last in store.last_good()] == ["numbered"]
 
 
-def test_a_damaged_last_good_copy_is_said_and_left_out(tmp_path: Path, root: Path) -> None:
-    """A copy that lost a file does not serve, and a notice says so."""
+def test_a_last_good_copy_that_lost_a_file_is_said_and_left_out(tmp_path: Path, root: Path) -> None:
+    """With nothing good before it nothing serves, and a notice says so."""
     with open_store(tmp_path) as store:
         staged = stage(store, root, b"good")
         mark(store, staged)
     staged.model_path.unlink()
     with open_store(tmp_path) as store:
         assert store.last_good() == []
-        assert "net is damaged" in store.notices[0]
+        assert "net (version 1) or the record of its settings is missing or damaged" in store.notices[0]
+        assert "nothing can serve" in store.notices[0]
+
+
+def flip(path: Path, at: int = 0) -> None:
+    """One bit of a file changes, as on a card that rots: neither its size nor its times do."""
+    status = path.stat()
+    data = bytearray(path.read_bytes())
+    data[at] ^= 0x10
+    path.chmod(0o640)
+    path.write_bytes(data)
+    path.chmod(0o440)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+
+
+# ---- damaged copies
+
+
+def test_a_damaged_copy_is_set_aside_and_made_again_with_its_number(store: Store, root: Path) -> None:
+    """The damaged bytes stay to be looked at; the folder's file, untouched since, is copied again."""
+    staged = stage(store, root, b"weights")
+    mark(store, staged)
+    flip(staged.model_path)
+    rotten = staged.model_path.read_bytes()
+    grave = store.set_aside(staged.digest)
+    assert grave is not None
+    assert (grave / "files/model.onnx").read_bytes() == rotten
+    assert contents(store) == set()
+    again = store.stage(root, find(root))
+    assert (again.digest, again.version, again.known_good) == (staged.digest, 1, True)
+    assert again.model_path.read_bytes() == b"weights"
+    assert store.set_aside("0" * 64) is None
+
+
+def test_a_file_that_rotted_in_the_folder_is_no_new_version(store: Store, root: Path, tmp_path: Path) -> None:
+    """Other bytes under the very stamps that were taken are refused; copied there again, they are taken."""
+    staged = stage(store, root, b"weights")
+    flip(staged.model_path)
+    store.set_aside(staged.digest)
+    record = store._models.data["net"]
+    (root / "net.onnx").write_bytes(b"wEights")
+    # As if the bit had changed below the file system, which tells of every write by a new time.
+    record["seen"]["stamps"] = module._stamps(module._sources(root, find(root))[1])
+    error = refusal(store, root, find(root))
+    assert error.reason == "FILE_DAMAGED"
+    assert "nobody has written to it" in error.message
+    put(root, "net.onnx", b"weights")
+    assert store.stage(root, find(root)).version == 1
+
+
+def test_the_good_version_before_stands_in_with_its_own_settings(tmp_path: Path, root: Path) -> None:
+    """Of three that served, the newest whose copy is there; what never served does not count."""
+    with open_store(tmp_path, keep_versions=4) as store:
+        staged = []
+        for number, data in enumerate([b"one", b"two", b"three"], 1):
+            staged.append(stage(store, root, data))
+            settings = ModelSettings(threads=number).to_wire()
+            store.mark_good("net", None, staged[-1].digest, entry_format="onnx", settings_wire=settings)
+        stage(store, root, b"never served")
+        store.set_aside(staged[2].digest)
+        (before,) = store.without(staged[2].digest)
+        assert (before.version, before.settings.threads, before.staged.known_good) == (2, 2, True)
+        assert before.staged.model_path.read_bytes() == b"two"
+    with open_store(tmp_path, keep_versions=4) as store:
+        (last,) = store.last_good()
+        assert (last.version, last.settings.threads) == (2, 2)
+        assert "version 2 can serve in its place" in store.notices[0]
+        store.collect(set())
+        store.set_aside(staged[1].digest)
+        assert [good.version for good in store.without(staged[1].digest)] == [1]
+        store.set_aside(staged[0].digest)
+        assert store.without(staged[0].digest) == []
+
+
+def test_what_stands_in_is_not_evicted_for_the_copy_that_is_made_again(tmp_path: Path, root: Path) -> None:
+    """Room is made of damaged copies first, and never of what is fallen back on."""
+    with open_store(tmp_path, keep_versions=2, max_bytes=20) as store:
+        for data in (b"version 1", b"version 2"):
+            last = stage(store, root, data)
+            mark(store, last)
+        store.collect(set())
+        store.set_aside(last.digest)
+        (before,) = store.without(last.digest)
+        with pytest.raises(StoreError, match="STORE_FULL"):
+            stage(store, root, b"twelve bytes")
+        assert before.staged.model_path.read_bytes() == b"version 1"
+        assert not list(store._damaged.iterdir())
+
+
+def test_few_damaged_copies_are_kept(store: Store, root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A dying card must not fill the disk with its own evidence: the oldest goes."""
+    monkeypatch.setattr(module, "_DAMAGED_MAX", 2)
+    digests = [stage(store, root, bytes([number])).digest for number in range(4)]
+    for digest in digests:
+        store.set_aside(digest)
+    assert {path.name for path in store._damaged.iterdir()} == set(digests[-2:])
+
+
+def test_a_damaged_copy_on_a_disk_that_takes_no_change_is_not_used(
+    store: Store, root: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A card that fails often goes read-only; then its rotten copy cannot be moved, and is not trusted."""
+    staged = stage(store, root, b"weights")
+    mark(store, staged)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module.os, "rename", refuse)
+        with pytest.raises(StoreError, match="STORE_FAILED"):
+            store.set_aside(staged.digest)
+        with pytest.raises(StoreError, match="STORE_FAILED"):
+            store.stage(root, find(root))
+        assert store.last_good() == []
+    assert store.stage(root, find(root)).digest == staged.digest
+    assert [path.name for path in store._damaged.iterdir()] == [staged.digest]
+
+
+def test_a_bit_in_the_record_of_settings_does_not_serve(tmp_path: Path, root: Path) -> None:
+    """Golden samples and tolerances of a settings file are kept in the book, and must be what they were."""
+    with open_store(tmp_path) as store:
+        for data in (b"old", b"new"):
+            mark(store, stage(store, root, data))
+    path = tmp_path / "state" / "store" / "models.json"
+    book = json.loads(path.read_bytes())
+    assert book["net"]["last_good"]["settings"] == {"threads": 2}
+    book["net"]["last_good"]["settings"]["threads"] = 3
+    path.write_text(json.dumps(book))
+    with open_store(tmp_path) as store:
+        (last,) = store.last_good()
+        assert (last.version, last.settings.threads) == (2, 2), "its second record is whole"
+        assert "record of its settings" in store.notices[0]
+    book["net"]["contents"][-1]["served"]["settings"]["threads"] = 3
+    path.write_text(json.dumps(book))
+    with open_store(tmp_path) as store:
+        assert [(good.version, good.settings.threads) for good in store.last_good()] == [(1, 2)]
+    for content in book["net"]["contents"]:
+        del content["served"]
+    del book["net"]["last_good"]["sum"]
+    path.write_text(json.dumps(book))
+    with open_store(tmp_path) as store:
+        (last,) = store.last_good()
+        assert (last.version, last.settings.threads) == (2, 3), "an edged before this one wrote no sums"
+
+
+@pytest.mark.parametrize("step", ["rename", "_sync_directory", "utime"])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_while_a_damaged_copy_is_replaced(tmp_path: Path, root: Path, step: str, when: str) -> None:
+    """After kill -9 anywhere the damaged copy is where it was or aside, and a sound one can be made."""
+    with open_store(tmp_path) as store:
+        staged = stage(store, root, b"weights" * 10_000)
+        mark(store, staged)
+        flip(staged.model_path)
+        aside = store._damaged / staged.digest
+    program = f"""
+import os, signal, sys, pathlib
+import edged.store as s
+from edged.repository import scan
+owner = os if hasattr(os, "{step}") else s
+real = getattr(owner, "{step}")
+def deadly(*args, **kwargs):
+    if "{when}" == "after":
+        real(*args, **kwargs)
+    os.kill(os.getpid(), signal.SIGKILL)
+state, root, digest = map(pathlib.Path, sys.argv[1:])
+store = s.Store(state, keep_versions=1, max_bytes=None, disk_free_min_bytes=0)
+setattr(owner, "{step}", deadly)
+store.set_aside(str(digest))
+"""
+    command = [sys.executable, "-c", program, tmp_path / "state", root, staged.digest]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=REPOSITORY)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+    with open_store(tmp_path) as store:
+        assert contents(store) | {path.name for path in store._damaged.iterdir()} == {staged.digest}
+        if staged.digest in contents(store):
+            with pytest.raises(DamagedCopyError):
+                check_copy(store.copy_path(staged.digest))
+            store.set_aside(staged.digest)
+        again = store.stage(root, find(root))
+        check_copy(store.copy_path(again.digest))
+        assert (again.digest, again.version) == (staged.digest, 1)
+        assert aside.exists()
 
 
 # ---- books
@@ -709,7 +882,7 @@ def test_a_state_directory_that_cannot_be_is_an_error_in_words(tmp_path: Path) -
     assert caught.value.reason == "STATE_DIR_UNUSABLE"
 
 
-@pytest.mark.parametrize("step", ["_copy_file", "_sync_directory", "rename", "_bundle_digest", "replace"])
+@pytest.mark.parametrize("step", ["_copy_file", "_sync_directory", "rename", "bundle_digest", "replace"])
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_killed_at_any_step_of_publishing(tmp_path: Path, root: Path, step: str, when: str) -> None:
     """After kill -9 anywhere the next start finds a whole copy or none, and no litter."""
@@ -736,9 +909,10 @@ store.stage(root, scan(root).entries["net", None])
     with open_store(tmp_path) as store:
         assert store.notices == ()
         assert list(store._temporary.iterdir()) == []
-        assert all(store.verify(digest) for digest in contents(store))
+        for digest in contents(store):
+            check_copy(store.copy_path(digest))
         staged = store.stage(root, find(root))
-        assert store.verify(staged.digest)
+        check_copy(store.copy_path(staged.digest))
         assert staged.version == 1
         store.collect(set())
         assert contents(store) == {staged.digest}

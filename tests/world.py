@@ -25,6 +25,8 @@ from edged.devices import Candidate
 from edged.events import (
     CancelLoad,
     CancelRun,
+    CopyHashed,
+    CopySetAside,
     Effect,
     EndWorker,
     Event,
@@ -32,6 +34,7 @@ from edged.events import (
     FolderScanned,
     FreeRegion,
     GrantRegion,
+    HashCopy,
     InstanceLoaded,
     InstanceLoadFailed,
     InstanceProving,
@@ -58,6 +61,7 @@ from edged.events import (
     Scan,
     SendKept,
     SendResult,
+    SetAside,
     Stage,
     Staged,
     StageFailed,
@@ -70,7 +74,7 @@ from edged.events import (
     WorkerGone,
     WorkerHello,
 )
-from edged.instances import Instance, InstanceState, Machine
+from edged.instances import CopyState, Instance, InstanceState, Machine
 from edged.messages import InputTensor, LaneRequest, OutputRef, Peer, Request, RequestId, Route
 from edged.repository import Entry, FileStamp, Snapshot
 from edged.resources import Sample
@@ -164,6 +168,17 @@ class World:
         self.effects: list[Effect] = []
         self.workers: dict[int, SimWorker] = {}
         self.helper: deque[Event] = deque()
+        self.hasher: deque[Event] = deque()
+        self.damaged: set[str] = set()
+        """Digests whose stored copy is rotten."""
+        self.unreadable: set[str] = set()
+        """Those that cannot be hashed."""
+        self.rot_again = False
+        """A copy that is made again is rotten as well."""
+        self.before: list[tuple[Entry, Any]] = []
+        """What the store has of older versions that served."""
+        self.hold_hashes = False
+        """What the hasher says stays with it."""
         self.probes: deque[Event] = deque()
         self.measures: dict[int, StartMeasure] = {}
         self.scans: list[float] = []
@@ -272,7 +287,8 @@ class World:
     def sources(self) -> list[deque[Event]]:
         """Every source that has something to tell."""
         boxes = [w.outbox for w in self.workers.values()]
-        return [box for box in (self.helper, self.probes, *boxes) if box]
+        hasher = deque() if self.hold_hashes else self.hasher
+        return [box for box in (self.helper, hasher, self.probes, *boxes) if box]
 
     def deliver(self, box: deque[Event]) -> None:
         """The next event of a source."""
@@ -456,6 +472,21 @@ class World:
     def _on_RememberSizes(self, e: RememberSizes) -> None:  # noqa: N802 - named after the effect
         self.sizes[e.digest] = e.sizes
 
+    def _on_HashCopy(self, e: HashCopy) -> None:  # noqa: N802 - named after the effect
+        if e.digest in self.damaged:
+            self.hasher.append(CopyHashed(e.instance, "COPY_DAMAGED", "model.onnx has other bytes"))
+        elif e.digest in self.unreadable:
+            self.hasher.append(CopyHashed(e.instance, "COPY_UNREADABLE", "Too many open files"))
+        else:
+            self.hasher.append(CopyHashed(e.instance))
+
+    def _on_SetAside(self, e: SetAside) -> None:  # noqa: N802 - named after the effect
+        assert e.digest in self.damaged, "a sound copy was set aside"
+        if not self.rot_again:
+            self.damaged.discard(e.digest)
+        before = [(entry, copy) for entry, copy in self.before if copy.digest != e.digest]
+        self.helper.append(CopySetAside(e.digest, before))
+
     def _on_StartWorker(self, e: StartWorker) -> None:  # noqa: N802 - named after the effect
         assert e.worker not in self.workers
         worker = self.workers[e.worker] = SimWorker(e.worker, e.runtime, e.gpu, e.slots)
@@ -519,6 +550,7 @@ class World:
     def _on_StartRun(self, e: StartRun) -> None:  # noqa: N802 - named after the effect
         worker = self.workers[e.worker]
         assert e.instance in worker.loaded or not worker.alive, "a run of what is not loaded"
+        assert self.registry.instances[e.instance].copy is CopyState.SOUND, "a run of what may be rotten"
         assert 0 <= e.slot < worker.slots
         assert e.slot not in [run.slot for run in worker.runs], "a slot was used twice"
         assert all(job.inputs for job in e.jobs), "a run lost its inputs"
@@ -633,6 +665,8 @@ class World:
             assert len(holders) <= 1
             assert holders or instance.state is InstanceState.DRAINING, f"{instance} belongs to nobody"
             assert instance.state is not InstanceState.GONE
+            assert instance.state is not InstanceState.READY or instance.copy is CopyState.SOUND
+            assert (instance.outcome is not None) == (instance.state is InstanceState.HASHING)
         for track in registry.tracks.values():
             if track.incoming is not None:
                 waiting = track.incoming in core.lifecycle.turns.queue

@@ -56,6 +56,7 @@ __all__ = [
     "sigfpe_at_run",
     "sklearn_zipmap",
     "slow",
+    "square",
     "string_concat",
     "top_k",
     "versioned",
@@ -169,6 +170,18 @@ def mlp(
     nodes.append(helper.make_node("Softmax" if softmax else "Identity", [last], ["y"]))
     return _model(
         nodes, [_value("x", "FP32", [batch, sizes[0]])], [_value("y", "FP32", [batch, sizes[-1]])], constants
+    )
+
+
+def square(width: int, *, seed: int = 0) -> onnx.ModelProto:
+    """`x` FP32 [N,width] times a random square matrix → `y` FP32 [N,width]: 4·width² bytes of weights."""
+    weights = np.random.default_rng(seed).standard_normal((width, width), np.float32)
+    return _model(
+        [helper.make_node("MatMul", ["x", "w"], ["y"])],
+        [_value("x", "FP32", ["N", width])],
+        [_value("y", "FP32", ["N", width])],
+        {"w": weights},
+        name=f"square_{width}",
     )
 
 

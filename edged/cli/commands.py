@@ -94,7 +94,13 @@ def _about(
         ("temperature", _celsius(sample.get("temperature_c"))),
         ("disk free", bytes_text(sample.get("disk_free_bytes"))),
         ("requests", _clients_text(clients)),
+        ("stored copies", _damaged_text(document.get("counters") or {})),
     ]
+
+
+def _damaged_text(counters: Mapping[str, Any]) -> str | None:
+    count = counters.get("damaged_copies")
+    return f"{count} damaged since the start: see `edgectl logs`, and look at the disk" if count else None
 
 
 def _percent(value: object) -> str | None:

@@ -263,17 +263,23 @@ def create() -> OnnxRuntime:
 
 
 def _keeper(request: LoadRequest) -> tuple[Kept | None, str]:
-    """Where this load's result is kept, and its name there; None for what is not worth it, or not known."""
+    """Where this load's result is kept, and its name there; None for what is not worth it, or not known.
+
+    The name is the file's too, not only its content's: a load does not know whether the stored copy is sound,
+    which is found out meanwhile, and what was made of one that is not must never be found again.
+    """
     if request.device != "CPU" or not request.cache_dir or not request.content:
         return None, ""
     try:
-        if Path(request.path).stat().st_size < KEEP_FROM_BYTES:
+        file = Path(request.path).stat()
+        if file.st_size < KEEP_FROM_BYTES:
             return None, ""
     except OSError:
         return None, ""
     parts = {
         "form": KEPT_FORM,
         "content": request.content,
+        "file": f"{file.st_ino} {file.st_mtime_ns}",
         "runtime": f"onnxruntime {ort.__version__}",
         "cpu": cpu_identity(),
     }

@@ -124,6 +124,10 @@ def _daemons_own_word(facts: Facts, status: Any) -> Rows:
         if int(row.get("restarts") or 0) > 0:
             text = f"{row.get('name')} was started again {times(row['restarts'])} since it was loaded"
             yield "warn", text, f"edgectl explain {quoted(row.get('name'))}"
+    damaged = int((status.get("counters") or {}).get("damaged_copies") or 0)
+    if damaged:
+        text = f"stored copies of models were found damaged, {times(damaged)} since the start: a disk fails"
+        yield "warn", text, f"dmesg; ls -l {quoted(status.get('state_dir'))}/store/damaged"
     level = (status.get("resources") or {}).get("level", "OK")
     if level != "OK":
         reasons = "; ".join((status.get("resources") or {}).get("reasons") or ())
