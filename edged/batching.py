@@ -36,7 +36,7 @@ SIZES = (2, 4, 8, 16, 32, 64)
 BUDGET_S = 0.5
 """What trying may take at each load, unless the owner asks for a size of his own."""
 
-BETWEEN_S, BETWEEN_WANTED_S = 0.4, 5.0
+BETWEEN_S, BETWEEN_WANTED_S = 0.3, 5.0
 """What proving the sizes between those that were tried may take besides: a load is longer by less than a
 second; for an owner's own size by what he can be asked to wait for."""
 
@@ -251,6 +251,8 @@ class _Trial:
         golden = trial_rows.golden_rows(specs, self._samples)
         refused: RunFailed | None = None
         for sizes, first in trial_rows.sizes_to_try(specs, golden, likely):
+            if time.monotonic() > last_s:
+                raise NotBatchable("looking for sizes that the model takes lasts too long")
             try:
                 self._variants.append(self._variant(sizes, first, until_s, last_s))
             except RunFailed as e:
@@ -275,7 +277,7 @@ class _Trial:
     def _variant(self, sizes: Sizes, first: Row | None, until_s: float, last_s: float) -> _Variant:
         """Rows of these sizes, integers as far as the model takes them. Raises RunFailed if it takes none."""
         refused: RunFailed | None = None
-        for spread in trial_rows.SPREADS:
+        for spread in trial_rows.SPREADS if self._has_integers else trial_rows.SPREADS[:1]:
             rows = trial_rows.make_rows(
                 self._model.inputs,
                 sizes,

@@ -50,6 +50,7 @@ from edged.runtimes.base import (
 )
 from edged.runtimes.onnx_graph import Graph, steady_inputs
 from edged.sizes import MEASURED_MAX, told
+from edged.trial_rows import Sizes
 
 __all__ = ["Worker", "WorkerSettings", "close_other_fds", "confine", "main", "run_worker"]
 
@@ -467,13 +468,13 @@ def _find_batch(
         if wanted is None:
             timer.start()
         try:
-            likely = [
-                {name: tuple(shape)[1:] for name, shape in shapes.items()}
-                for source, shapes in madeup.sizes_to_try(model.inputs, settings)
-                if source in ("requests", "typical") and set(shapes) == {s.name for s in model.inputs}
-            ]
             return batching.explore(
-                model, samples, rules=rules, wanted=wanted, likely=likely, check=cancel.check
+                model,
+                samples,
+                rules=rules,
+                wanted=wanted,
+                likely=_likely_sizes(model, settings),
+                check=cancel.check,
             )
         except (batching.NotBatchable, agreement.NoInputs) as e:
             why = str(e)
@@ -486,6 +487,21 @@ def _find_batch(
     if wanted is not None:
         raise LoadFailed("NOT_BATCHABLE", f"max_batch_size = {wanted} cannot be had: {why}")
     return batching.Batch(1, alone, why)
+
+
+def _likely_sizes(model: Model, settings: Mapping[str, Any]) -> list[Sizes]:
+    """Sizes of a row: what requests had, else typical ones, the smallest first, which cost a load the least.
+
+    Where nothing is known of requests, a size that gains nothing from sharing runs must not keep smaller ones
+    from it: what runs take is learned as they come.
+    """
+    names = {spec.name for spec in model.inputs}
+    sizes = [each for each in madeup.sizes_to_try(model.inputs, settings) if set(each[1]) == names]
+    known = [shapes for source, shapes in sizes if source == "requests"]
+    guesses = [shapes for source, shapes in sizes if source == "typical"]
+    return [
+        {name: tuple(shape)[1:] for name, shape in shapes.items()} for shapes in (*known, *reversed(guesses))
+    ]
 
 
 def load_request(settings: Mapping[str, Any]) -> LoadRequest:

@@ -268,6 +268,29 @@ ALONE: dict[str, onnx.ModelProto] = {
         [node("Einsum", "x w", "y", equation="bsd,de->bse")], SEQUENCE, w=floats(8, 3)
     ),
     "a part that no output needs": model([node("Relu", "x", "y"), node("ReduceMax", "x", "unused")], X),
+    "looked up by each row's own number": model(
+        [
+            node("Shape", "x", "s"),
+            node("Gather", "s nought", "n"),
+            node("Gather", "s one", "m"),
+            node("Range", "nought n one", "rows"),
+            node("Range", "nought m one", "columns"),
+            node("Unsqueeze", "rows behind", "r2"),
+            node("Unsqueeze", "columns before", "c2"),
+            node("Max", "r2 c2", "both"),
+            node("Shape", "both", "shape"),
+            *(node("Expand", f"{n} shape", f"{n}e") for n in ("r2", "c2")),
+            *(node("Unsqueeze", f"{n}e last", f"{n}u") for n in ("r2", "c2")),
+            node("Concat", "r2u c2u", "places", axis=-1),
+            node("GatherND", "x places", "y"),
+        ],
+        {"x": (F, ["N", "M"])},
+        nought=np.array(0),
+        one=np.array(1),
+        behind=i64(1),
+        before=i64(0),
+        last=i64(-1),
+    ),
     "what is quantised by a constant": model(
         [
             node("QuantizeLinear", "x s z", "q"),
@@ -365,7 +388,22 @@ TOGETHER: dict[str, tuple[onnx.ModelProto, str]] = {
             one=np.array(1),
             table=floats(99, 4),
         ),
-        "Range 'r' counts the rows",
+        "output 'y' depends on where a row stands",
+    ),
+    "another row's, by its number": (
+        model(
+            [
+                node("Shape", "x", "s"),
+                node("Gather", "s nought", "n"),
+                node("Range", "nought n one", "rows"),
+                node("Mul", "rows nought", "first"),
+                node("Gather", "x first", "y"),
+            ],
+            X,
+            nought=np.array(0),
+            one=np.array(1),
+        ),
+        "Gather 'y' looks up in the rows what other rows say",
     ),
     "a table with an entry for each row": (
         model([node("Add", "x c", "y")], X, c=floats(8, 4)),
@@ -457,7 +495,7 @@ TOGETHER: dict[str, tuple[onnx.ModelProto, str]] = {
     "a scan along the rows": (scanning(0), "works along the axis of the rows"),
     "one batch size": (
         model([node("Reshape", "x shape", "y")], X, shape=i64(1, 2, 2)),
-        "Reshape 'y' has a new shape that cannot be shown to hold the same elements",
+        "Reshape 'y' has a new shape that is the same however many rows there are",
     ),
     "rows out of the first axis": (
         model([node("Transpose", "x", "y")], X),

@@ -10,10 +10,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from edged.row_independence.node import At, Rule
-from edged.row_independence.sizes import ONE, Names, Size, product
+from edged.row_independence.sizes import ONE, ROWS, Names, Size, product
 from edged.row_independence.values import (
     NUMBERS_MAX,
     Mixes,
+    Numbering,
     Numbers,
     Value,
     aligned,
@@ -27,7 +28,7 @@ __all__ = ["LAYOUT", "axes_of", "constant_value"]
 
 _ALONG = "works along the axis of the rows"
 
-_END = 2**31 - 1
+_END = 10**9
 """A Slice that ends there or later ends where the tensor does: how exporters write `no end`."""
 
 
@@ -92,11 +93,13 @@ def _size(at: At) -> Sequence[Value]:
 
 def _range(at: At) -> Sequence[Value]:
     given = [at.need(n) for n in range(3)]
+    ends = [v.numbers[0] if v.numbers else None for v in given]
+    if ends == [Size(0), ROWS, ONE]:
+        return [replace(rows_at((ROWS,), 0), numbering=Numbering.OWN)]
     if any(v.counts_rows for v in given):
         raise Mixes("counts the rows")
     for v in given:
         fixed(v, "bounds")
-    ends = [v.numbers[0] if v.numbers else None for v in given]
     if ends[0] == Size(0) and ends[2] == ONE and ends[1] is not None:
         return [Value((ends[1],))]
     return [Value((at.names.fresh(),))]
@@ -171,13 +174,11 @@ def _resolved(at: At, x: Value, wanted: Sequence[Size]) -> list[Size]:
         at_open = dims.index(Size(-1))
         rest = [size for place, size in enumerate(dims) if place != at_open]
         left = product(x.dims or ()).over(product(rest))
-        if left is None and x.axis is None:
+        if left is None and (x.axis is None or any(size.has_rows for size in rest)):
             left = at.names.fresh()
         if left is None:
             raise Mixes("has a new shape that cannot be shown to hold the same elements")
         dims[at_open] = left
-    elif x.axis is None and product(dims) != product(x.dims or ()):
-        return dims  # of a constant, whatever it is: nothing is concluded from it
     return dims
 
 
@@ -429,7 +430,9 @@ def _gather(at: At) -> Sequence[Value]:
     dims = (*data.dims[:axis], *indices.dims, *data.dims[axis + 1 :])
     if indices.axis is not None:
         if data.axis is not None:
-            raise Mixes("looks up in the rows what other rows say")
+            if indices.numbering is not Numbering.OWN or axis != data.axis or data.size(axis) != ROWS:
+                raise Mixes("looks up in the rows what other rows say")
+            return [indices.shaped(dims, axis + indices.axis)]
         note_limit(at, indices, data.size(axis))
         return [indices.shaped(dims, axis + indices.axis)]
     if data.axis is not None:
@@ -484,7 +487,9 @@ def _gather_nd(at: At) -> Sequence[Value]:
         if indices.axis < leading:
             if (data.axis, data.before, data.after) != (indices.axis, indices.before, indices.after):
                 raise Mixes("looks up in another row's elements")
-        elif data.axis is not None:
+        elif data.axis is not None and (
+            indices.numbering is not Numbering.OWN_FIRST or leading or (data.axis, data.size(0)) != (0, ROWS)
+        ):
             raise Mixes("looks up in the rows what other rows say")
         return [indices.shaped(dims, indices.axis)]
     raise Mixes("looks up along the axis of the rows")
@@ -643,15 +648,10 @@ def each(compute: Callable[[At, Sequence[Size]], Size | None]) -> Callable[[At, 
             result = compute(at, whole) if len(whole) == len(numbers_at) else None
             if result is None and any(n.has_rows for n in whole):
                 raise Mixes("computes with how many rows there are")
-            if result is not None and result.has_rows and result.over(_ROWS_ONLY) is None:
-                raise Mixes("computes with how many rows there are")
             found.append(result)
         return tuple(found)
 
     return all_of
-
-
-_ROWS_ONLY = Size(1, ("rows",))
 
 
 def add(at: At, n: Sequence[Size]) -> Size | None:

@@ -11,12 +11,13 @@ Runs on Python 3.10 too.
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from edged.row_independence.sizes import ONE, ROWS, Names, Size, product
 
-__all__ = ["Changes", "Mixes", "Value", "aligned", "fixed", "numbers_of", "reshaped", "rows_at"]
+__all__ = ["Changes", "Mixes", "Numbering", "Value", "aligned", "fixed", "numbers_of", "reshaped", "rows_at"]
 
 NUMBERS_MAX = 64
 """Numbers that are followed one by one: shapes have a few. What is longer is data."""
@@ -30,6 +31,18 @@ class Mixes(Exception):
 
     whatever_it_reads = False
     """Whether that is so for constants too: what is random, or changes by being run."""
+
+
+class Numbering(enum.Enum):
+    """What a tensor knows of where its rows stand."""
+
+    NONE = ""
+    OWN = "own"
+    """Each element is its row's number."""
+    OWN_FIRST = "own first"
+    """Of the numbers along the last axis the first is the row's own."""
+    SOMEHOW = "somehow"
+    """It was computed from that: only its shape may be used."""
 
 
 class Changes(Mixes):
@@ -50,6 +63,7 @@ class Value:
     """In order, of a tensor of at most one dimension."""
     ones: tuple[bool, ...] | None = None
     """Which numbers of a constant of floats are exactly 1: scales, of which only that matters."""
+    numbering: Numbering = Numbering.NONE
     rounded: bool = False
     """Whether it holds numbers that a runtime may round otherwise when it computes more rows at once."""
     source: str = ""
@@ -166,7 +180,7 @@ def _broadcast(sizes: Sequence[Size], names: Names) -> Size:
 
 
 def reshaped(value: Value, dims: Sequence[Size]) -> Value:
-    """The same elements in the same order in another shape, whose sizes have the same product.
+    """The same elements in the same order in another shape.
 
     Raises Mixes where a row's elements do not stay together: the rows must have before them and after them
     what they had.
@@ -176,16 +190,17 @@ def reshaped(value: Value, dims: Sequence[Size]) -> Value:
             raise Mixes("gives a constant the shape of the rows")
         return Value(tuple(dims), numbers=value.numbers if len(dims) < 2 else None, source=value.source)
     assert value.dims is not None
-    if product(dims) != product(value.dims):
-        raise Mixes("has a new shape that cannot be shown to hold the same elements")
     outer = product(value.dims[: value.axis]) * value.before
-    inner = value.after * product(value.dims[value.axis + 1 :])
     for axis, size in enumerate(dims):
         if not size.has_rows:
             continue
+        # What stands before the rows must be what did. Then so must what stands behind, or there are not as
+        # many elements, which a runtime refuses however many rows there are.
         before = outer.over(product(dims[:axis]))
-        after = inner.over(product(dims[axis + 1 :]))
-        if before is None or after is None or before * ROWS * after != size:
+        after = None if before is None else size.over(before * ROWS)
+        if before is None or after is None or after.has_rows:
             break
         return replace(value, dims=tuple(dims), axis=axis, before=before, after=after, numbers=None)
+    if not any(size.has_rows for size in dims):
+        raise Mixes("has a new shape that is the same however many rows there are")
     raise Mixes("cuts rows apart, or lays them between each other's elements")

@@ -10,10 +10,15 @@ from edged.row_independence.layout import LAYOUT, constant_value
 from edged.row_independence.node import At, Rule
 from edged.row_independence.openvino import OPENVINO
 from edged.row_independence.sizes import ONE, ROWS, Names, Size
-from edged.row_independence.values import Changes, Mixes, Value, fixed
+from edged.row_independence.values import Changes, Mixes, Numbering, Value, fixed
 from edged.runtimes.onnx_graph import Graph, Node, ValueInfo, seen_by
 
 __all__ = ["Reading", "changes", "read_rows"]
+
+WHOLE = frozenset(
+    {"BOOL", "INT8", "INT16", "INT32", "INT64", "UINT8", "UINT16", "UINT32", "UINT64"},
+)
+"""Datatypes that have no NaN."""
 
 STEPS_MAX = 50_000
 """Nodes that are followed, those of loops more than once; that takes about a second, and no network of the
@@ -39,6 +44,7 @@ _SIZES_READ: dict[str, tuple[int, ...]] = {
     "Tile": (1,),
     "Slice": (1, 2),
     "Resize": (3,),
+    "Range": (1,),
     # OpenVINO's
     "ShapeOf": (0,),
     "Broadcast": (1,),
@@ -77,9 +83,10 @@ def changes(graph: Graph) -> str:
 def read_rows(graph: Graph, *, finite: bool = False) -> Reading:
     """Whether each row of every output depends on that row of the inputs alone, and not on its place either.
 
-    `finite`: no input is NaN or infinite.
+    `finite`: no input is NaN or infinite, as none is where all are whole numbers.
     """
-    walk = _Walk(graph, finite)
+    whole = all(v.datatype in WHOLE for v in graph.inputs if v.name not in graph.initializers)
+    walk = _Walk(graph, finite or whole)
     try:
         walk.outputs()
     except (Mixes, ValueError) as e:
@@ -102,6 +109,8 @@ class _Walk:
             if declared.name not in graph.initializers:
                 known[declared.name] = self._input(declared)
         for output, value in zip(graph.outputs, self._run(graph, known)):  # noqa: B905 - one each
+            if value.numbering is not Numbering.NONE:
+                raise Mixes(f"output '{output.name}' depends on where a row stands")
             if value.axis is None:
                 raise Mixes(f"output '{output.name}' does not depend on the rows")
             if (value.axis, value.before, value.after) != (0, ONE, ONE):
@@ -142,9 +151,10 @@ class _Walk:
                 if two and any(value.axis is not None for value in found):
                     raise Mixes(two)
                 rounded = rounded or node.op not in EXACT
+                numbering = _numbering(node, given)
                 for name, value in zip(node.outputs, found):  # noqa: B905 - some are left out at the end
                     if name:
-                        known[name] = _rounded(_checked(value), rounded)
+                        known[name] = _noted(_checked(value), rounded, numbering or value.numbering)
             except Mixes as e:
                 raise type(e)(f"{node.label} {e}") from e
         return [_of(known, output.name) for output in graph.outputs]
@@ -257,7 +267,10 @@ class _Walk:
                 raise Mixes("has another rank in one case than in the other")
             return Value(None)
         dims = [x if x == y else self._names.fresh() for x, y in zip(a.dims, b.dims)]  # noqa: B905 - as many
-        return _rounded(a.shaped(dims, a.axis), b.rounded)
+        found = _noted(a.shaped(dims, a.axis), b.rounded, a.numbering)
+        if a.numbering is not b.numbering:
+            raise Mixes("computes with where a row stands")
+        return found
 
     def _gathered(self, value: Value, at: int) -> Value:
         """The outputs of all turns, one behind the other along a new axis."""
@@ -275,11 +288,34 @@ _CONTROL = {"If": _Walk._if, "Loop": _Walk._loop, "Scan": _Walk._scan}
 def _form(value: Value) -> tuple[object, ...]:
     """What must be the same in every turn: where the rows lie, and the sizes that are known."""
     dims = None if value.dims is None else tuple(None if "?" in str(d) else d for d in value.dims)
-    return dims, value.axis, value.before, value.after, value.rounded
+    return dims, value.axis, value.before, value.after, value.rounded, value.numbering
 
 
-def _rounded(value: Value, rounded: bool) -> Value:
-    return replace(value, rounded=True) if rounded and value.axis is not None else value
+def _noted(value: Value, rounded: bool, numbering: Numbering) -> Value:
+    """A tensor of rows, with what its operator's inputs say of it."""
+    if value.axis is None:
+        return value
+    return replace(value, rounded=value.rounded or rounded, numbering=numbering)
+
+
+def _numbering(node: Node, given: Sequence[Value | None]) -> Numbering | None:
+    """What is known of an output by what its inputs know of where rows stand; None where none does."""
+    notes = [Numbering.NONE if v is None else v.numbering for v in given]
+    if not any(note is not Numbering.NONE for note in notes):
+        return None
+    first = given[0]
+    others = all(note is Numbering.NONE for note in notes[1:])
+    if node.op in ("Gather", "GatherND") and first is not None and first.axis is not None:
+        # Their rules have looked: each row looks up its own.
+        return Numbering.NONE if notes[0] is Numbering.NONE else Numbering.SOMEHOW
+    if node.op in ("Identity", "Cast") and others:
+        return notes[0]
+    if node.op in ("Unsqueeze", "Squeeze", "Expand") and notes[0] is Numbering.OWN and others:
+        return Numbering.OWN
+    if node.op == "Concat" and notes[0] is Numbering.OWN and others and first is not None:
+        last = first.counted(node.integer("axis")) == first.rank - 1
+        return Numbering.OWN_FIRST if last and first.size(-1) == ONE else Numbering.SOMEHOW
+    return Numbering.SOMEHOW
 
 
 def _of(known: Mapping[str, Value], name: str) -> Value:
