@@ -308,7 +308,8 @@ class Client:
         """Has the daemon measure how it runs a model best (admin): the report so far.
 
         `do` is `start` (with `aim`, `latency` or `throughput`, and `budget_ms`), `status`, `cancel` or
-        `apply` (each with `tune`, the report's `id`). Without a question for 30 s it is cancelled.
+        `apply` (each with `tune`, the report's `id`; with `unproven` set to true the report's `best_unproven`
+        is applied, whose answers may differ). Without a question for 30 s it is cancelled.
         """
         fields = {"settings": {"do": do, **settings}}
         reply = self._ask("model_tune", name, timeout=timeout, socket=ADMIN_SOCKET, fields=fields)

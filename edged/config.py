@@ -73,6 +73,10 @@ class ConfigError(Exception):
         self.message = message
 
 
+OPERATORS_DIR = "operators"
+"""Where, below the state directory, the tables of operators are that were made on this device."""
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """`[server]`: where the daemon lives and how it starts and ends."""
@@ -216,6 +220,7 @@ class ModelSettings:
     threads: int | None = None
     instances: int | str | None = None
     tolerance: Tolerance = Tolerance()
+    finite_inputs: bool = False
     isolation: str = "model"
     swap: str = "beside"
     memory_max_bytes: int | None = None
@@ -717,6 +722,13 @@ _MODEL_KEYS: tuple[_Key, ...] = (
         "1, or as tuned",
     ),
     _Key("tolerance", "tolerance", _TOLERANCE, "How far answers may be from golden samples."),
+    _Key(
+        "finite_inputs",
+        "finite_inputs",
+        units.flag(),
+        "The owner's word that neither NaN nor an infinity ever comes in. Another runtime may then serve the "
+        "model although it answers those differently.",
+    ),
     _Key(
         "isolation",
         "isolation",

@@ -27,6 +27,14 @@ _LASTING = frozenset({"absent", "not_installed"})
 _BATCHES_MAX = 8
 """Setups of one content whose proofs are kept: more than a model is moved between."""
 
+_MEASURED_MAX = 16
+"""Of one content's measurements that are kept, so that a later life can explain the choice."""
+
+_RULE = 2
+"""Counts up when a model may be moved by other rules than before: what was allowed by those is forgotten."""
+
+_FIGURES = tuple(f"{s}_{f}" for s in ("reference", "candidate") for f in ("p50_us", "p99_us", "rows_s"))
+
 _MAY_BE_THE_DEVICE = ("DEVICE_FAILED", "WORKER_CRASHED", "MODEL_LOAD_TIMEOUT")
 
 
@@ -166,9 +174,22 @@ class Placement:
         return "|".join(parts)
 
     def remember(self, instance: Instance, setup: Setup, source: str) -> None:
-        """Keeps a choice, how it came about, and among what it was made."""
+        """Keeps a choice, how it came about, among what it was made, and what was measured for it."""
         compared = {str(c): version for c, version in self._working()}
-        self._keep(instance, {**setup.to_wire(), "compared": compared, "source": source})
+        measured = [{**s.to_wire(), "result": _kept(m)} for s, m in instance.measured.items()]
+        changes = {
+            **setup.to_wire(),
+            "compared": compared,
+            "source": source,
+            "proof": self._proof(instance),
+            "measured": measured[-_MEASURED_MAX:],
+        }
+        self._keep(instance, changes)
+
+    def _proof(self, instance: Instance) -> str:
+        """By what a move was allowed, or was not: the rule, the tables of operators, and the owner's word."""
+        word = "finite" if instance.settings.finite_inputs else "any"
+        return f"{_RULE} {self._around.machine.operators} {word}"
 
     def _keep(self, instance: Instance, changes: Mapping[str, Any]) -> None:
         instance.record = {**instance.record, **changes}
@@ -207,7 +228,7 @@ class Placement:
         """Has an instance run as was remembered, where its owner leaves that open and it still holds."""
         if instance.choice not in ("default", "inherited", "pinned"):
             return
-        setup = self._still_valid(choice)
+        setup = self._still_valid(instance, choice)
         if setup is None or setup.candidate not in instance.plan:
             return
         if instance.pinned and setup.candidate != instance.plan[0]:
@@ -216,13 +237,19 @@ class Placement:
         instance.plan = (setup.candidate, *rest)
         instance.setup = setup
         instance.settled = True
+        instance.measured.update(_measured(choice, threads=self._around.machine.cpus))
         if choice.get("source") == "tuned":
             instance.choice = "tuned"
         elif not instance.pinned:
             instance.choice = "remembered"
 
-    def _still_valid(self, choice: Mapping[str, Any]) -> Setup | None:
-        """A remembered choice, unless a device or another version has come that it was not compared with."""
+    def _still_valid(self, instance: Instance, choice: Mapping[str, Any]) -> Setup | None:
+        """A remembered choice, unless a device or another version has come that it was not compared with.
+
+        Nor where what allowed it is another now; what the owner has tuned is the owner's own word.
+        """
+        if choice.get("source") != "tuned" and choice.get("proof") != self._proof(instance):
+            return None
         compared = choice.get("compared")
         if not isinstance(compared, Mapping):
             return None
@@ -235,6 +262,36 @@ class Placement:
         return [
             (c, v.runtime_version) for c, v in self.verdicts.items() if v is not None and v.status == "ok"
         ]
+
+
+def _kept(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a measurement is kept in the books."""
+    words = ("agrees", "proven", "why", "obstacles", "remedy", *_FIGURES)
+    return {word: result[word] for word in words if word in result}
+
+
+def _measured(choice: Mapping[str, Any], *, threads: int) -> dict[Setup, dict[str, Any]]:
+    """What an earlier life measured, as far as its book has the shape that this one writes."""
+    found: dict[Setup, dict[str, Any]] = {}
+    rows = choice.get("measured")
+    for row in rows[:_MEASURED_MAX] if isinstance(rows, list) else ():
+        setup = Setup.from_wire(row, threads=threads) if isinstance(row, Mapping) else None
+        result = row.get("result") if setup is not None else None
+        if setup is not None and isinstance(result, Mapping) and _is_result(result):
+            found[setup] = _kept(result)
+    return found
+
+
+def _is_result(result: Mapping[str, Any]) -> bool:
+    figures = [result.get(name) for name in _FIGURES]
+    obstacles = result.get("obstacles", [])
+    return (
+        all(figure is None or (type(figure) in (int, float) and figure > 0) for figure in figures)
+        and isinstance(obstacles, list)
+        and all(
+            isinstance(text, str) for text in (*obstacles, result.get("why", ""), result.get("remedy", ""))
+        )
+    )
 
 
 def _is_lasting(verdict: Verdict) -> bool:

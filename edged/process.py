@@ -39,6 +39,9 @@ PACKETS_PER_TURN = 64
 LARGE_REPLY_BYTES_MAX = 17 << 20
 """Of one reply that came by way of the slot: a little more than a worker allows itself."""
 
+OBSTACLES_MAX = 64
+"""Reasons against a move that a measurer may tell: it names far fewer."""
+
 BATCH_TIMES_MAX = 64
 """Sizes of a batch that a worker may have tried; it tries seven and its owner's own."""
 
@@ -719,7 +722,13 @@ def _is_measurement(result: Any) -> bool:
         and all(type(figure) in (int, float) and 0 < figure < math.inf for figure in known)
         and type(result.get("why", "")) is str
         and all(type(result.get(word)) is bool for word in ("agrees", "proven"))
+        and type(result.get("remedy", "")) is str
+        and _is_list_of_texts(result.get("obstacles", []))
     )
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return type(value) is list and len(value) <= OBSTACLES_MAX and all(type(text) is str for text in value)
 
 
 def _check_word(packet: list[Any]) -> None:

@@ -280,7 +280,10 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
                 "rows_s": m.get("candidate_rows_s"),
                 "reference_p50_us": m.get("reference_p50_us"),
                 "agrees": bool(m.get("agrees")),
+                "proven": bool(m.get("proven")),
                 "why": str(m.get("why", "")),
+                "obstacles": list(m.get("obstacles") or ()),
+                "remedy": str(m.get("remedy", "")),
             }
             for s, m in instance.measured.items()
         ],

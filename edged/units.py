@@ -18,6 +18,7 @@ __all__ = [
     "ValueProblem",
     "choice",
     "duration",
+    "flag",
     "kind_of_text",
     "list_of",
     "memory",
@@ -112,6 +113,21 @@ def whole(low: int, high: int) -> Kind:
         return value
 
     return Kind(wants, parse, _number_read, _number_show)
+
+
+def flag() -> Kind:
+    """True or false."""
+    wants = "true or false"
+
+    def parse(value: object) -> object:
+        if not isinstance(value, bool):
+            raise _problem(wants, value)
+        return value
+
+    def read(text: str) -> object:
+        return {"true": True, "false": False}.get(text, text)
+
+    return Kind(wants, parse, read, lambda v: "true" if v else "false")
 
 
 def whole_or(word: str, low: int, high: int) -> Kind:

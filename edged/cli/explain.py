@@ -27,7 +27,8 @@ _Row = Mapping[str, Any]
 
 _CHOICES = {
     "pinned": "its settings say so{pins}",
-    "measured": "it was measured against the others; none whose answers agree saves another tenth and 50 µs",
+    "measured": "it was measured against the others; none whose answers are shown to agree saves another tenth "
+    "and 50 µs",
     "tuned": "its owner had it measured with `edgectl tune`, and it was the best",
     "remembered": "that was measured before, for this very content on this machine, and remembered",
     "inherited": "its version before ran there; the others are measured when nobody asks",
@@ -214,11 +215,17 @@ def _measured(measured: _Row, row: _Row) -> str:
     figures = f"{micros_text(p50)} against {micros_text(reference)}"
     if measured.get("rows_s"):
         figures += f", {measured['rows_s']:.0f} rows/s"
-    verdict = "its answers agree" if measured.get("agrees") else "its answers do not agree"
+    runs_so = all(measured.get(key) in (None, row.get(key)) for key in _SETUP)
+    if not measured.get("agrees") and not runs_so:
+        gain = f"{reference / p50:.1f} × as fast, but" if p50 < reference else "no faster, and"
+        return f"measured: {where}: {figures} (p50), {gain} it may not serve: {why}"
+    verdict = "its answers agree" if measured.get("agrees") else "its answers are not shown to agree"
     text = f"measured: {where}: {figures} (p50); {verdict}{f' ({why})' if why else ''}"
-    if all(measured.get(key) in (None, row.get(key)) for key in _SETUP):
+    if runs_so:
         return f"{text}; it runs so now"
-    if measured.get("agrees") and p50 < reference and row.get("choice") == "measured":
+    # An older daemon does not say what was proven; it has moved nothing that was not.
+    chosen = row.get("choice") in ("measured", "remembered")
+    if measured.get("proven", True) and p50 < reference and chosen:
         return f"{text}; the gain is too small to switch for"
     return text
 
@@ -314,6 +321,8 @@ def _commands(name: str, rows: Sequence[_Row], history: Sequence[_Row], status: 
         if row.get("serving") and row.get("state") == "READY":
             if row.get("fallback_reason"):
                 yield from ("edgectl devices", "edgectl doctor")
+            if any("`edgectl operators`" in str(m.get("remedy")) for m in row.get("measured") or ()):
+                yield "edgectl operators"
             if row.get("restarts"):
                 yield f"edgectl logs {words['name']}"
         else:
