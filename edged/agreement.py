@@ -4,10 +4,11 @@ Owns the rule by which a model may be moved from one runtime to another, and the
 brings along. It decides nothing: it says what it saw, and the core switches or does not.
 
 The rule, from comparing two runtimes over the ONNX node tests: golden samples first; then ones; then normally
-distributed numbers with integers in {0, 1}; then what parts runtimes (`edges`). Shapes, dtypes and the pattern
-of NaN and infinities must be equal, floats within a relative L2 norm and a maximum, everything else exactly, and
-what one refuses the other must refuse. A constant answer, or inputs that raise, prove nothing. Samples alone let
-real disagreements pass, so this is one half of what a move needs; `proof` has the other. Runs on Python 3.10 too.
+distributed numbers with integers in {0, 1}; then what parts runtimes (`edges`). Shapes, dtypes and the
+pattern of NaN and infinities must be equal, floats within a relative L2 norm and a maximum, everything else
+exactly, and what one refuses the other must refuse. A constant answer, or inputs that raise, prove nothing.
+Samples alone let real disagreements pass, so this is one half of what a move needs; `proof` has the other.
+Runs on Python 3.10 too.
 """
 
 from __future__ import annotations

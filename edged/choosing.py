@@ -88,7 +88,7 @@ class Tune:
     results: dict[Setup, dict[str, Any]] = field(default_factory=dict)
     best: Setup | None = None
     best_unproven: Setup | None = None
-    """What would be the best if its owner took its answers for good as they are; None where that is no other."""
+    """What would be the best if its owner took every answer for good; None where that is no other."""
     requests: int = 0
     """That came while it measured, and cost it some truth."""
     ended_s: float | None = None

@@ -1,9 +1,9 @@
 """The measurement of one setup of a model beside the one that serves, in a process of its own.
 
-Loads both, says what stands against the candidate by the model's graph (`proof`), compares their answers by the
-rule of `agreement`, and runs them in turns, each as it would be run: as many threads as it has instances, each
-asking again as soon as it is answered. What is not allowed to serve is timed all the same, so that its owner
-sees what it would bring. It decides nothing: it says what it saw. Runs on Python 3.10 too.
+Loads both, says what stands against the candidate by the model's graph (`proof`), compares their answers by
+the rule of `agreement`, and runs them in turns, each as it would be run: as many threads as it has instances,
+each asking again as soon as it is answered. What is not allowed to serve is timed all the same, so that its
+owner sees what it would bring. It decides nothing: it says what it saw. Runs on Python 3.10 too.
 """
 
 from __future__ import annotations

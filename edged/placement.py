@@ -168,10 +168,10 @@ class Placement:
     # ------------------------------------------------------------------ remembered choices
 
     def choice_key(self, instance: Instance) -> str:
-        """What a measured choice is remembered under."""
-        machine = self._around.machine
-        parts = (instance.staged.digest, instance.settings.precision, machine.name, str(machine.cpus))
-        return "|".join(parts)
+        """What a choice is remembered under: one content may be two models, under other words of the owner."""
+        machine, settings = self._around.machine, instance.settings
+        parts = [instance.staged.digest, settings.precision, machine.name, str(machine.cpus)]
+        return "|".join([*parts, *(["finite inputs"] if settings.finite_inputs else [])])
 
     def remember(self, instance: Instance, setup: Setup, source: str) -> None:
         """Keeps a choice, how it came about, among what it was made, and what was measured for it."""
@@ -181,15 +181,14 @@ class Placement:
             **setup.to_wire(),
             "compared": compared,
             "source": source,
-            "proof": self._proof(instance),
+            "proof": self._proof(),
             "measured": measured[-_MEASURED_MAX:],
         }
         self._keep(instance, changes)
 
-    def _proof(self, instance: Instance) -> str:
-        """By what a move was allowed, or was not: the rule, the tables of operators, and the owner's word."""
-        word = "finite" if instance.settings.finite_inputs else "any"
-        return f"{_RULE} {self._around.machine.operators} {word}"
+    def _proof(self) -> str:
+        """By what a move was allowed, or was not: the rule, and the tables of operators."""
+        return f"{_RULE} {self._around.machine.operators}"
 
     def _keep(self, instance: Instance, changes: Mapping[str, Any]) -> None:
         instance.record = {**instance.record, **changes}
@@ -228,7 +227,7 @@ class Placement:
         """Has an instance run as was remembered, where its owner leaves that open and it still holds."""
         if instance.choice not in ("default", "inherited", "pinned"):
             return
-        setup = self._still_valid(instance, choice)
+        setup = self._still_valid(choice)
         if setup is None or setup.candidate not in instance.plan:
             return
         if instance.pinned and setup.candidate != instance.plan[0]:
@@ -243,12 +242,12 @@ class Placement:
         elif not instance.pinned:
             instance.choice = "remembered"
 
-    def _still_valid(self, instance: Instance, choice: Mapping[str, Any]) -> Setup | None:
+    def _still_valid(self, choice: Mapping[str, Any]) -> Setup | None:
         """A remembered choice, unless a device or another version has come that it was not compared with.
 
         Nor where what allowed it is another now; what the owner has tuned is the owner's own word.
         """
-        if choice.get("source") != "tuned" and choice.get("proof") != self._proof(instance):
+        if choice.get("source") != "tuned" and choice.get("proof") != self._proof():
             return None
         compared = choice.get("compared")
         if not isinstance(compared, Mapping):

@@ -4,8 +4,8 @@ A model may be moved by itself only where each operator between an input and an 
 runtimes were shown to agree (`runtimes.operators`). This walks the graph once and says what is not so, and
 what would change it. It runs nothing: what the model itself answers is `measuring`'s to compare.
 
-What is computed from shapes alone is not between an input and an output: it is as large as tensors get, and no
-number of a request leads there. Nor is what is computed from the file's constants: it is the same in every
+What is computed from shapes alone is not between an input and an output: it is as large as tensors get, and
+no number of a request leads there. Nor is what is computed from the file's constants: it is the same in every
 run, so that comparing a few runs compares it. Runs on Python 3.10 too.
 """
 
@@ -231,8 +231,10 @@ def _datatypes(node: Node, schema: Schema, inputs: Sequence[Given | None]) -> li
 
 
 _DATATYPES = frozenset(
-    ("FP32", "FP16", "FP64", "BF16", "BOOL", "BYTES")
-    + tuple(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64))
+    [
+        *("FP32", "FP16", "FP64", "BF16", "BOOL", "BYTES"),
+        *(f"{sign}INT{bits}" for sign in ("", "U") for bits in (8, 16, 32, 64)),
+    ]
 )
 
 

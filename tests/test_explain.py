@@ -157,7 +157,44 @@ def test_a_model_that_serves_is_explained_and_nothing_is_to_be_typed() -> None:
                     }
                 ]
             },
-            ["its answers do not agree (output y differs)"],
+            ["400 µs against 800 µs (p50), 2.0 × as fast, but it may not serve: output y differs"],
+        ),
+        (
+            {
+                "choice": "remembered",
+                "measured": [
+                    {
+                        "runtime": "openvino",
+                        "device": "CPU",
+                        "p50_us": 1200.0,
+                        "reference_p50_us": 4900.0,
+                        "agrees": False,
+                        "proven": False,
+                        "why": "Relu answers NaN differently; finite_inputs = true would allow it",
+                    }
+                ],
+            },
+            [
+                "1.20 ms against 4.90 ms (p50), 4.1 × as fast, but it may not serve: "
+                "Relu answers NaN differently; finite_inputs = true would allow it"
+            ],
+        ),
+        (
+            {
+                "choice": "measured",
+                "measured": [
+                    {
+                        "runtime": "openvino",
+                        "device": "CPU",
+                        "p50_us": 100.0,
+                        "reference_p50_us": 800.0,
+                        "agrees": True,
+                        "proven": False,
+                        "why": "the reference answers the same to every input, which proves nothing",
+                    }
+                ],
+            },
+            ["8.0 × as fast, but it may not serve: the reference answers the same to every input"],
         ),
         (
             {"measured": [{"runtime": "openvino", "device": "CPU", "agrees": False, "why": "took too long"}]},

@@ -76,9 +76,10 @@ against another runtime is listed; to run the model there all the same takes a y
 """
 
 _OPERATORS_HELP = """\
-By itself the daemon moves a model to another runtime only if each operator on its way is in a table of those on
-which the two were shown to agree. The table that comes with edged holds for the versions and the instruction set
-that it was made on; this makes one here. It takes some 10 minutes of a processor, and asks nothing of the daemon.
+By itself the daemon moves a model to another runtime only if each operator on its way is in a table of
+those on which the two were shown to agree. The table that comes with edged holds for the versions and the
+instruction set that it was made on; this makes one here. It takes some 10 minutes of a processor, and asks
+nothing of the daemon.
 """
 
 
@@ -354,9 +355,9 @@ def _add_operators(commands: argparse._SubParsersAction[Any]) -> None:
     )
     sub.add_argument(
         "--only",
-        metavar="OPS",
+        metavar="OP",
         action="append",
-        help="only these, such as Conv,Relu: the table has no others",
+        help="only this operator, or this signature as `edgectl explain` shows it; repeatable",
     )
     sub.add_argument("--state-dir", metavar="DIR", type=Path, help="the daemon's (default: it is asked)")
 

@@ -27,8 +27,7 @@ _Row = Mapping[str, Any]
 
 _CHOICES = {
     "pinned": "its settings say so{pins}",
-    "measured": "it was measured against the others; none whose answers are shown to agree saves another tenth "
-    "and 50 µs",
+    "measured": "it was measured against the others; none shown to agree saves another tenth and 50 µs",
     "tuned": "its owner had it measured with `edgectl tune`, and it was the best",
     "remembered": "that was measured before, for this very content on this machine, and remembered",
     "inherited": "its version before ran there; the others are measured when nobody asks",
@@ -216,16 +215,16 @@ def _measured(measured: _Row, row: _Row) -> str:
     if measured.get("rows_s"):
         figures += f", {measured['rows_s']:.0f} rows/s"
     runs_so = all(measured.get(key) in (None, row.get(key)) for key in _SETUP)
-    if not measured.get("agrees") and not runs_so:
+    # An older daemon does not say what was proven.
+    allowed = measured.get("agrees") and measured.get("proven", True)
+    if not allowed and not runs_so:
         gain = f"{reference / p50:.1f} × as fast, but" if p50 < reference else "no faster, and"
         return f"measured: {where}: {figures} (p50), {gain} it may not serve: {why}"
     verdict = "its answers agree" if measured.get("agrees") else "its answers are not shown to agree"
     text = f"measured: {where}: {figures} (p50); {verdict}{f' ({why})' if why else ''}"
     if runs_so:
         return f"{text}; it runs so now"
-    # An older daemon does not say what was proven; it has moved nothing that was not.
-    chosen = row.get("choice") in ("measured", "remembered")
-    if measured.get("proven", True) and p50 < reference and chosen:
+    if p50 < reference and row.get("choice") in ("measured", "remembered"):
         return f"{text}; the gain is too small to switch for"
     return text
 

@@ -1,9 +1,9 @@
 """`edgectl operators`: makes the table of operators on which two runtimes agree here, on this very device.
 
-The table that comes with edged holds for the versions of the runtimes and the instruction set that it was made
-on. This makes another: it runs the same cases in child processes of its own, as the user whom the daemon's
-state directory belongs to, and puts the result there. So it is for that user, or for root. The daemon is asked
-for nothing but the directory's name, and takes the table up when it is started the next time.
+The table that comes with edged holds for the versions of the runtimes and the instruction set that it was
+made on. This makes another: it runs the same cases in child processes of its own, as the user whom the
+daemon's state directory belongs to, and puts the result there. So it is for that user, or for root. The
+daemon is asked for nothing but the directory's name, and takes the table up when it is started the next time.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -37,12 +38,12 @@ def side(text: str) -> tuple[str, str]:
 
 def operators(session: Session, args: argparse.Namespace) -> int:
     """Runs the cases and writes the table; exit code 0 when it is in its place."""
-    from edged.runtimes.operators import table_name, write_table  # here: `--help` needs no numpy
+    from edged.runtimes.operators import TableError, read_table, table_name, write_table
     from edged.runtimes.trials import TrialsFailed, run_trials
 
     folder = _folder(session, args.state_dir)
     owner = folder.parent.stat()
-    only = [name for text in args.only or () for name in text.split(",") if name]
+    only = args.only or ()
     began = time.monotonic()
     with session.progress() as progress:
 
@@ -63,6 +64,11 @@ def operators(session: Session, args: argparse.Namespace) -> int:
         except TrialsFailed as e:
             raise Failure(f"no table was made: {e}", EXIT_FAILED, reason="TRIALS_FAILED") from None
     path = folder / table_name(table.sides, table.instructions)
+    if only:
+        with contextlib.suppress(TableError):
+            before = read_table(path)
+            if not before.why_not(*table.sides):
+                table = replace(table, rows={**before.rows, **table.rows})
     try:
         folder.mkdir(mode=0o755, exist_ok=True)
         write_table(table, path)
@@ -83,7 +89,8 @@ def operators(session: Session, args: argparse.Namespace) -> int:
     }
     text = (
         f"{table.sides[0]} and {table.sides[1]} on {table.instructions}:\n"
-        f"of {len(table.rows)} signatures of operators {finite} agree on finite values, {every} on NaN and Inf too\n"
+        f"of {len(table.rows)} signatures of operators {finite} agree on finite values, "
+        f"{every} on NaN and Inf too\n"
         f"{path}; {_RESTART}"
     )
     session.answer(report, text)

@@ -254,7 +254,8 @@ def _text(session: Session, report: Mapping[str, Any]) -> str:
         parts.append(against)
     if report.get("best_unproven"):
         parts.append(
-            f"best if that is accepted: {setup_text(report['best_unproven'])}; `--yes --accept-unproven` runs it so"
+            f"best if that is accepted: {setup_text(report['best_unproven'])}; "
+            "`--yes --accept-unproven` runs it so"
         )
     if report["message"]:
         parts.append(str(report["message"]))

@@ -1,11 +1,11 @@
 """What is known of ONNX's operators: their versions and types, and on which of them two runtimes agree.
 
 Two files of the package. `operator_cases.json` is written by `tools/make-operator-cases`: for each version of
-an operator the types of its inputs and outputs and its defaults, and cases to run it on. A *table* is what came
-of running these cases on two runtimes (`trials`): a row a *signature*, with a verdict for finite values and one
-for NaN and infinities. A table holds for exactly the versions of the runtimes, the instruction set and the
-cases that it was made with; elsewhere it says nothing. Those that come with edged lie beside the cases, one
-that was made on the device in the state directory, where it is read as a stranger's file.
+an operator the types of its inputs and outputs and its defaults, and cases to run it on. A *table* is what
+came of running these cases on two runtimes (`trials`): a row a *signature*, with a verdict for finite values
+and one for NaN and infinities. A table holds for exactly the versions of the runtimes, the instruction set
+and the cases that it was made with; elsewhere it says nothing. Those that come with edged lie beside the
+cases, one that was made on the device in the state directory, where it is read as a stranger's file.
 
 A signature names the operator and the version that the model's opset means, the datatype of each input and
 where it comes from, and the attributes that decide: strings and flags by their value, as far as they are not
@@ -24,7 +24,7 @@ import platform
 import re
 import stat
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -169,7 +169,7 @@ def cases_sha256() -> str:
 
 @dataclass(frozen=True)
 class Given:
-    """What is known of one input of a node: a datatype of ``""`` is not known; None in its place: left out."""
+    """What is known of one input of a node; of a datatype ``""`` nothing. None in its place: left out."""
 
     datatype: str
     origin: str = DATA
@@ -320,9 +320,10 @@ _EXTENSIONS = (
 def find_table(one: Side, other: Side, made_here: str | None) -> tuple[Table | None, str]:
     """The table that holds for these two here, else why there is none.
 
-    `made_here` is the folder of those that were made on this device; they come first.
+    `made_here` is the folder of those that were made on this device; what they say comes first.
     """
     why = ""
+    found: Table | None = None
     for path in [*_tables_in(made_here), *_tables_in(str(_FOLDER))]:
         try:
             table = read_table(path, trusted=path.parent == _FOLDER)
@@ -331,10 +332,10 @@ def find_table(one: Side, other: Side, made_here: str | None) -> tuple[Table | N
             continue
         reason = table.why_not(one, other)
         if not reason:
-            return table, ""
-        if {s.runtime for s in table.sides} == {one.runtime, other.runtime}:
+            found = table if found is None else replace(found, rows={**table.rows, **found.rows})
+        elif {s.runtime for s in table.sides} == {one.runtime, other.runtime}:
             why = why or f"{path.name}: {reason}"
-    return None, why or "none was made for these two"
+    return found, "" if found is not None else why or "none was made for these two"
 
 
 def fingerprint(made_here: str | None) -> str:

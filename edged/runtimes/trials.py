@@ -1,13 +1,13 @@
 """Runs the cases of single operators on two runtimes, and says on which of them these agree.
 
-The cases are those of `operators`; each is run with its own inputs and with what is known to part runtimes: NaN
-and infinities, denormals, zeros of both signs, the largest and the smallest, what 24 bits of a float and 32 of
-an integer do not hold, divisors of zero, indices out of range. What one runtime refuses the other must refuse.
-Each input is tried as data, and as what it mostly is beside it: a constant of the file, or a size.
+The cases are those of `operators`; each is run with its own inputs and with what is known to part runtimes:
+NaN and infinities, denormals, zeros of both signs, the largest and the smallest, what 24 bits of a float and
+32 of an integer do not hold, divisors of zero, indices out of range. What one runtime refuses the other must
+refuse. Each input is tried as data, and as what it mostly is beside it: a constant of the file, or a size.
 
 A tiny model can end its runtime. So `main` does the work in a child, under limits of memory, and says before
-each job which one it begins; `run_trials`, its parent, starts another child behind the job that ended one, and
-notes that it did. Nothing here knows the daemon. Runs on Python 3.10 too.
+each job which one it begins; `run_trials`, its parent, starts another child behind the job that ended one,
+and notes that it did. Nothing here knows the daemon. Runs on Python 3.10 too.
 """
 
 from __future__ import annotations
@@ -109,11 +109,11 @@ class Job:
 
 
 def list_jobs(only: Sequence[str] = ()) -> list[Job]:
-    """All there is to run, or that of the operators named: the same list in parent and child."""
+    """All there is to run, or that of these operators or signatures: the same list in parent and child."""
     schemas = load_schemas()
     found: dict[str, list[Job]] = {}
     for case in cases_document()["cases"]:
-        if only and case["op"] not in only:
+        if only and not any(each.partition("-")[0] == case["op"] for each in only):
             continue
         for opset in case["opsets"]:
             known = schemas.find(case["op"], "", opset)
@@ -123,7 +123,8 @@ def list_jobs(only: Sequence[str] = ()) -> list[Job]:
             inputs, attributes = tuple(case["in"]), _attributes(case["a"])
             for origins in _origins(case["op"], schema, inputs):
                 job = Job(case["op"], opset, since, schema, attributes, inputs, origins, tuple(case["out"]))
-                found.setdefault(job.row, []).append(job)
+                if not only or job.op in only or job.row in only:
+                    found.setdefault(job.row, []).append(job)
     return [job for jobs in found.values() for job in _shared(jobs)]
 
 
@@ -314,7 +315,7 @@ def _run(model: Model, feeds: Mapping[str, Any], outputs: Sequence[str]) -> tupl
 
 
 def main(arguments: Sequence[str]) -> NoReturn:
-    """One argument, JSON: `{sides, only, from, fd, parent_pid}`; a line of JSON to `fd` for each thing said."""
+    """One argument, JSON: `{sides, only, from, fd}`; a line of JSON to `fd` for each thing said."""
     settings = json.loads(arguments[0])
     silence_telemetry()
     os.dup2(2, 1)  # what a library prints must not be taken for anything

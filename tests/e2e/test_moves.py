@@ -1,0 +1,136 @@
+"""A real daemon moves a model to another runtime by itself, or leaves it where it is and says why."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from onnx import helper
+
+from tests import zoo
+from tests.e2e.harness import Daemon, Edgectl, running_daemon, until
+from tests.operator_tables import table_of, write_into
+
+pytestmark = pytest.mark.e2e
+
+SIGNATURES = (
+    *("Mul-14(FP32,FP32=)", "Add-14(FP32,FP32=)", "Relu-14(FP32)", "Mul-14(INT64,INT64)"),
+    "ReduceMean-18(FP32,INT64=; keepdims=0)",
+)
+"""What the models below need; a table of these alone is made in seconds, on whatever machine this is."""
+
+FINITE = b"finite_inputs = true\n"
+NODE = helper.make_node("Mul", ["n", "n"], ["r"])
+AREA = zoo.elementwise(NODE, inputs=[("n", "INT64", [1])], outputs=[("r", "INT64", [1])])
+
+
+@pytest.fixture
+def daemon_with_table(tmp_path: Path) -> Any:
+    """A daemon that may measure, with a table of this machine's runtimes."""
+    write_into(tmp_path / "state" / "operators", table_of(*SIGNATURES))
+    with running_daemon(tmp_path, {"EDGED_DEVICES_EXCLUDE": "openvino:GPU,openvino:NPU"}) as daemon:
+        yield daemon
+
+
+def chosen(daemon: Daemon, name: str) -> dict[str, Any]:
+    """The model's row once it was measured, and serves where it is to serve."""
+
+    def done() -> dict[str, Any]:
+        row = daemon.serving(name)
+        measured = row is not None and row["state"] == "READY" and row["choice"] in ("measured", "remembered")
+        return row if measured and row is not None and not daemon.client.server_status()["measuring"] else {}
+
+    return until(done, what=lambda: f"{name} is measured: {daemon.rows(name)}")
+
+
+def picture(*, nan: bool = False) -> Any:
+    """An image, by wish of a sensor that is broken in a corner."""
+    x = np.random.default_rng(3).standard_normal((1, 3, 256, 256)).astype("f4")
+    if nan:
+        x[0, 0, :5] = np.nan
+    return x
+
+
+def test_a_model_moves_only_by_the_owners_word_that_no_nan_comes(
+    daemon_with_table: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With it the daemon moves the model by itself. Without, it stays, and says why and what it costs."""
+    daemon, edgectl = daemon_with_table, Edgectl(daemon_with_table.endpoint, capsys)
+    model = zoo.elementwise()
+    (daemon.models / "moves.toml").write_bytes(FINITE)
+    zoo.write(daemon.models / "moves.onnx", model)
+    daemon.wait_ready("moves")
+    row = daemon.wait_row("moves", lambda r: r["serving"] and r["runtime"] == "openvino", "has moved")
+    assert (row["state"], row["choice"]) == ("READY", "measured")
+
+    zoo.write(daemon.models / "stays.onnx", model)
+    daemon.wait_ready("stays")
+    before = daemon.client.infer("stays", {"x": picture(nan=True)})["score"]
+    assert np.isnan(before).all()
+    assert chosen(daemon, "stays")["runtime"] == "onnxruntime"
+    for _ in range(2):
+        code, out, _ = edgectl("explain", "stays")
+        assert code == 0
+        told = " ".join(out.split())
+        assert "it may not serve: Relu-14(FP32) answers NaN or Inf differently (40 nodes)" in told
+        assert "finite_inputs = true in the model's settings would allow it" in told
+        assert " × as fast, but" in told
+        np.testing.assert_array_equal(daemon.client.infer("stays", {"x": picture(nan=True)})["score"], before)
+        one, other = (daemon.client.infer(name, {"x": picture()})["score"] for name in ("stays", "moves"))
+        np.testing.assert_allclose(one, other, rtol=1e-3)
+        # And so it is in the daemon's next life.
+        assert daemon.stop() == 0
+        daemon.start()
+        assert daemon.wait_ready("stays")["choice"] == "remembered"
+        assert daemon.wait_ready("moves")["runtime"] == "openvino"
+
+    (daemon.models / "moves.toml").unlink()
+    daemon.wait_row("moves", lambda r: r["serving"] and r["runtime"] == "onnxruntime", "is back without it")
+
+
+def test_integers_that_another_runtime_cuts_off_keep_a_model(daemon_with_table: Daemon) -> None:
+    """Whatever the owner says of NaN; the answer is right before and after the daemon has looked."""
+    daemon = daemon_with_table
+    (daemon.models / "area.toml").write_bytes(FINITE)
+    zoo.write(daemon.models / "area.onnx", AREA)
+    daemon.wait_ready("area")
+    row = chosen(daemon, "area")
+    assert row["runtime"] == "onnxruntime"
+    (measured,) = row["measured"]
+    assert measured["obstacles"][0].startswith("Mul-14(INT64,INT64) disagrees")
+    assert (measured["agrees"], measured["remedy"]) == (False, "")
+    assert measured["p50_us"] > 0
+    answer = daemon.client.infer("area", {"x": picture(), "n": np.array([100_000])})
+    assert answer["r"].tolist() == [10_000_000_000]
+
+
+def test_a_daemon_without_a_table_moves_nothing_until_one_is_made(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`edgectl operators` makes one beside the running daemon, which takes it up at its next start."""
+    settings = {"EDGED_DEVICES_EXCLUDE": "openvino:GPU,openvino:NPU"}
+    models = {"moves.onnx": zoo.elementwise(), "moves.toml": FINITE}
+    with running_daemon(tmp_path, settings, models=models) as daemon:
+        edgectl = Edgectl(daemon.endpoint, capsys)
+        report = edgectl.json("operators", *(part for name in SIGNATURES for part in ("--only", name)))
+        path = Path(report["path"])
+        assert path.parent == daemon.state / "operators"
+        assert report["signatures"] == len(SIGNATURES)
+        assert path.stat().st_uid == daemon.state.stat().st_uid
+        assert path.stat().st_mode & 0o022 == 0
+        assert daemon.stop() == 0
+        path.chmod(0o666)  # a stranger could have written it, and nothing is believed of it
+        daemon.start()
+        row = chosen(daemon, "moves")
+        if row["runtime"] == "openvino":
+            pytest.skip("a table that comes with edged holds on this machine")
+        (measured,) = row["measured"]
+        assert "may be written by others" in measured["why"]
+        assert "edgectl operators" in measured["remedy"]
+        assert daemon.stop() == 0
+        path.chmod(0o644)
+        edgectl("operators", "--state-dir", str(daemon.state), "--only", SIGNATURES[0])
+        daemon.start()
+        daemon.wait_row("moves", lambda r: r["serving"] and r["runtime"] == "openvino", "has moved")
