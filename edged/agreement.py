@@ -29,6 +29,7 @@ from edged.tensors import TensorSpec, pack_list
 __all__ = [
     "FAST",
     "FULL",
+    "MAGNITUDES",
     "Bounds",
     "GoldenMismatch",
     "NoInputs",
@@ -60,6 +61,9 @@ FULL = Bounds(1e-3, 1e-3, 1e-5)
 
 FAST = Bounds(0.1, 0.1, 1e-3)
 """For models whose owner chose `precision = "fast"`: what bf16 and fp16 do to a network, and not more."""
+
+MAGNITUDES = frozenset(("beyond 2^24", "beyond 2^24, negative", "large", "largest", "smallest"))
+"""Of the `edges` of floats those that the 16 bits of `precision = "fast"` need not tell apart."""
 
 GOLDEN_SAMPLES_MAX = 64
 """Of one model: they are run at each load."""

@@ -20,6 +20,7 @@ import numpy as np
 from edged.agreement import (
     FAST,
     FULL,
+    MAGNITUDES,
     Bounds,
     NoInputs,
     Sample,
@@ -247,6 +248,7 @@ class _Pair:
                 kind: array
                 for kind, array in edges(value)
                 if not (self._finite_only and not is_finite([array]))
+                and not (self._bounds is FAST and array.dtype.kind == "f" and kind in MAGNITUDES)
             }
             for name, value in feeds.items()
         }

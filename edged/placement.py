@@ -168,7 +168,7 @@ class Placement:
     # ------------------------------------------------------------------ remembered choices
 
     def choice_key(self, instance: Instance) -> str:
-        """What a choice is remembered under: one content may be two models, under other words of the owner."""
+        """What a choice is remembered under: one content may be two models, by other words of their owner."""
         machine, settings = self._around.machine, instance.settings
         parts = [instance.staged.digest, settings.precision, machine.name, str(machine.cpus)]
         return "|".join([*parts, *(["finite inputs"] if settings.finite_inputs else [])])

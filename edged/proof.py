@@ -36,7 +36,6 @@ from edged.runtimes.operators import (
 __all__ = ["FINITE_INPUTS", "Obstacle", "judge", "obstacles", "sentence"]
 
 FINITE_INPUTS = "finite_inputs = true in the model's settings would allow it"
-MAKE_TABLE = "`edgectl operators` makes one on this device"
 """What would change it, for people."""
 
 SHOWN_MAX = 3
@@ -83,7 +82,7 @@ def judge(settings: Mapping[str, Any]) -> tuple[Obstacle, ...]:
     table, why = find_table(sides[0], sides[1], settings.get("operators_dir"))
     if table is None:
         text = f"there is no table of operators for {sides[0]} and {sides[1]} here: {why}"
-        return (Obstacle(text, MAKE_TABLE),)
+        return (Obstacle(text, f"`{_command(one, other)}` makes one on this device"),)
     if settings.get("format") != "onnx":
         return (Obstacle("only ONNX models can be compared operator by operator"),)
     try:
@@ -91,6 +90,18 @@ def judge(settings: Mapping[str, Any]) -> tuple[Obstacle, ...]:
     except (ValueError, OSError) as e:
         return (Obstacle(f"its graph cannot be read: {clean_text(e)}"),)
     return obstacles(graph, table, finite_inputs=bool(settings.get("finite_inputs")))
+
+
+def _command(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
+    """What makes the table of these two."""
+    text = "edgectl operators"
+    for name, part, default in (
+        ("reference", one, "onnxruntime:CPU"),
+        ("candidate", other, "openvino:CPU"),
+    ):
+        side = f"{part['runtime']}:{part['device']}"
+        text += "" if side == default else f" --{name} {side}"
+    return text
 
 
 def obstacles(
@@ -112,6 +123,13 @@ class _Walk:
     def __init__(self, graph: Graph, table: Table, finite_inputs: bool, schemas: Schemas) -> None:
         self._graph, self._table, self._schemas = graph, table, schemas
         self._finite_inputs = finite_inputs
+        self._nodes = _used(graph)
+        self._read = {value.name for value in graph.outputs}
+        for node in self._nodes:
+            self._read.update(node.inputs)
+            self._read.update(name for sub in node.graphs for name in _mentioned(sub))
+        self._read.discard("")
+        self._ranks = {value.name: len(value.shape) for value in graph.outputs if value.shape is not None}
         self._known: dict[str, Given] = {
             value.name: Given(value.datatype if value.kind == "tensor" else "") for value in graph.inputs
         }
@@ -120,7 +138,7 @@ class _Walk:
         self._known.update({n: Given(c.datatype, CONSTANT) for n, c in graph.initializers.items()})
 
     def obstacles(self) -> Iterator[Obstacle]:
-        for node in _used(self._graph):
+        for node in self._nodes:
             yield from self._node(node)
 
     def _node(self, node: Node) -> Iterator[Obstacle]:
@@ -167,12 +185,12 @@ class _Walk:
                 )
         row = None
         for given in _readings(inputs, schema):
-            name = signature(node.op, since, schema, given, node.attributes)
+            name = self._name(node, since, schema, given)
             row = self._table.rows.get(name)
             if row is not None:
                 break
         if row is None:
-            name = signature(node.op, since, schema, inputs, node.attributes)
+            name = self._name(node, since, schema, inputs)
             return None, Obstacle(f"{name} was not tried")
         untried = numbers_of(schema, node.attributes) - row.numbers
         if untried:
@@ -180,8 +198,20 @@ class _Walk:
         if row.finite:
             return row, Obstacle(f"{name} disagrees ({row.finite})")
         if row.nonfinite and not self._finite_inputs:
-            return row, Obstacle(f"{name} answers NaN or Inf differently", FINITE_INPUTS)
+            return row, Obstacle(f"{name} differs on NaN, Inf or denormals ({row.nonfinite})", FINITE_INPUTS)
         return row, None
+
+    def _name(self, node: Node, since: int, schema: Schema, inputs: Sequence[Given | None]) -> str:
+        used = [n for n, name in enumerate(node.outputs) if name in self._read]
+        return signature(
+            node.op,
+            since,
+            schema,
+            inputs=inputs,
+            outputs=used,
+            attributes=node.attributes,
+            rank=self._ranks.get(node.outputs[0]),
+        )
 
 
 def _readings(inputs: Sequence[Given | None], schema: Schema) -> Iterator[list[Given | None]]:

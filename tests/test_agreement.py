@@ -57,12 +57,14 @@ class Function:
         return
 
 
-def compare(reference: Callable[..., Any], candidate: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+def compare(
+    reference: Callable[..., Any], candidate: Callable[..., Any], *, precision: str = "f32", **settings: Any
+) -> dict[str, Any]:
     """Measures two functions against each other."""
     models = {"r": Function(reference), "c": Function(candidate)}
     return measure(
         lambda part: models[part["m"]],
-        {"budget_s": 0, "reference": {"m": "r"}, "candidate": {"m": "c"}, **settings},
+        {"budget_s": 0, "reference": {"m": "r"}, "candidate": {"m": "c", "precision": precision}, **settings},
     )
 
 
@@ -159,6 +161,17 @@ def test_what_never_comes_is_not_asked_for() -> None:
     result = compare(lambda x: x * 2, lambda x: loses_nan(x * 2), finite_inputs=True)
     assert (result["agrees"], result["proven"]) == (True, True)
     assert not compare(lambda x: x, lambda x: np.minimum(x, F(2**24)), finite_inputs=True)["agrees"]
+
+
+def test_what_16_bits_do_not_hold_is_not_asked_of_who_chose_speed() -> None:
+    """Of floats; NaN is, and so are integers."""
+
+    def rounds(x: Any) -> Any:
+        return np.minimum(x, F(2**24))
+
+    assert not compare(lambda x: x, rounds, finite_inputs=True)["agrees"]
+    assert compare(lambda x: x, rounds, finite_inputs=True, precision="fast")["agrees"]
+    assert not compare(lambda x: x, lambda x: np.where(np.isnan(x), F(0), x), precision="fast")["agrees"]
 
 
 def test_what_the_reference_refuses_the_candidate_must_refuse() -> None:

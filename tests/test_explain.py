@@ -323,3 +323,16 @@ def test_a_name_for_the_shell_is_quoted() -> None:
     status = {"models": [{**refusal("NAME_INVALID"), "name": "a b; rm"}], "models_dir": "/my models"}
     found = explain(status, "a b; rm", now_s=NOW_S)
     assert found.commands == ("ls -l '/my models'",)
+
+
+def test_a_table_that_is_missing_is_made_by_a_command() -> None:
+    """It is what to type next, with the two that it is for."""
+    remedy = "`edgectl operators --candidate openvino:GPU.0` makes one on this device"
+    measured = {
+        "runtime": "openvino",
+        "device": "GPU.0",
+        "agrees": False,
+        "why": "no table",
+        "remedy": remedy,
+    }
+    assert told(row(measured=[measured])).commands == ("edgectl operators --candidate openvino:GPU.0",)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,11 +43,13 @@ def table(**rows: Row) -> Table:
     return Table((ORT, OV), instruction_set(), rows or {"Relu-14(FP32)": RELU}, cases_sha256())
 
 
-def name_of(op: str, opset: int, *inputs: Given | None, **attributes: Any) -> str:
+def name_of(
+    op: str, opset: int, *inputs: Given | None, outputs: Sequence[int] = (0,), **attributes: Any
+) -> str:
     """The signature of a node."""
     found = load_schemas().find(op, "", opset)
     assert found is not None
-    return signature(op, *found, inputs, attributes)
+    return signature(op, *found, inputs=inputs, outputs=outputs, attributes=attributes)
 
 
 F32, W32 = Given("FP32"), Given("FP32", CONSTANT)
@@ -76,6 +79,11 @@ def test_flags_and_texts_count_by_value_numbers_by_name_and_defaults_not_at_all(
     assert name_of("AveragePool", 19, F32, ceil_mode=1, strides=(2, 2)) == "AveragePool-19(FP32; ceil_mode=1)"
     assert name_of("AveragePool", 19, F32, ceil_mode=0, auto_pad="NOTSET") == "AveragePool-19(FP32)"
     assert name_of("Conv", 11, F32, W32, auto_pad="VALID") == "Conv-11(FP32,FP32=; auto_pad=VALID)"
+    assert name_of("Squeeze", 11, F32, axes=(0,)) == "Squeeze-11(FP32; axes)" != name_of("Squeeze", 11, F32)
+    assert name_of("MaxPool", 12, F32, outputs=(0, 1)) == "MaxPool-12(FP32; outputs=0+1)"
+    assert name_of("Split", 13, F32, outputs=(0, 1), axis=1) == "Split-13(FP32)"
+    assert name_of("Softmax", 13, F32) == "Softmax-13(FP32; axis=last)"
+    assert name_of("Softmax", 11, F32) == "Softmax-11(FP32; axis=1)"
     schema = load_schemas().find("Conv", "", 11)
     assert schema is not None
     given = {"group": 1, "strides": (1, 1), "pads": (0, 1, 0, 1), "dilations": (2, 2), "auto_pad": "VALID"}

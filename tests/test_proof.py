@@ -12,14 +12,15 @@ import pytest
 from onnx import TensorProto as T
 from onnx import helper, numpy_helper
 
-from edged.proof import FINITE_INPUTS, MAKE_TABLE, Obstacle, judge, obstacles, sentence
+from edged.proof import FINITE_INPUTS, Obstacle, judge, obstacles, sentence
 from edged.runtimes import operators
 from edged.runtimes.onnx_graph import read_graph
 from edged.runtimes.operators import Row, Side, Table, read_table
 from tests import zoo
 
 AGREES = Row("", "", ("FP32",), frozenset({"axis", "perm"}))
-FINITE_ONLY = Row("", "NaN: NaN in other places", ("FP32",))
+RELU, NAN = "Relu-14(FP32)", "NaN: NaN in other places"
+FINITE_ONLY = Row("", NAN, ("FP32",))
 ROWS = {
     "Add-14(FP32,FP32=)": AGREES,
     "Add-14(FP32,FP32)": AGREES,
@@ -78,7 +79,7 @@ def test_nan_is_asked_for_unless_the_owner_says_that_it_never_comes(tmp_path: Pa
     """And the owner is told that this word would be enough."""
     found = graph(tmp_path, [node("Relu", ["x"], ["r"]), node("Relu", ["r"], ["y"])])
     (obstacle,) = obstacles(found, TABLE, finite_inputs=False)
-    assert obstacle == Obstacle("Relu-14(FP32) answers NaN or Inf differently", FINITE_INPUTS, 2)
+    assert obstacle == Obstacle(f"{RELU} differs on NaN, Inf or denormals ({NAN})", FINITE_INPUTS, 2)
     assert sentence([obstacle]).endswith(f"(2 nodes); {FINITE_INPUTS}")
     assert told(found, finite=True) == []
 
@@ -159,7 +160,7 @@ def test_an_index_that_a_cast_hides_is_still_data(tmp_path: Path) -> None:
     """What is computed from data is data, through any number of operators."""
     nodes = [node("Cast", ["n"], ["f"], to=1), node("Add", ["f", "f"], ["g"]), node("Relu", ["g"], ["y"])]
     found = graph(tmp_path, nodes, inputs={"n": T.INT64})
-    assert told(found) == ["Relu-14(FP32) answers NaN or Inf differently"]
+    assert told(found) == [f"{RELU} differs on NaN, Inf or denormals ({NAN})"]
 
 
 def test_a_graph_within_a_node_is_not_looked_into(tmp_path: Path) -> None:
@@ -169,6 +170,35 @@ def test_a_graph_within_a_node_is_not_looked_into(tmp_path: Path) -> None:
     nodes = [node("If", ["c"], ["y"], then_branch=branch, else_branch=branch)]
     found = graph(tmp_path, nodes, constants={"c": np.array(True)})
     assert told(found, finite=True) == ["If has a graph of its own, which is not looked into"]
+
+
+def test_an_output_that_nobody_reads_does_not_count(tmp_path: Path) -> None:
+    """Exporters name them all; a runtime that answers the used one alike answers alike."""
+    rows = {"Dropout-13(FP32)": AGREES, "Dropout-13(FP32; outputs=0+1)": Row("no", "", ("FP32", "BOOL"))}
+    table = Table(TABLE.sides, "x", rows)
+    nodes = [node("Dropout", ["x"], ["y", "mask"])]
+    assert obstacles(graph(tmp_path, nodes), table, finite_inputs=False) == ()
+    (obstacle,) = obstacles(graph(tmp_path, nodes, outputs=["y", "mask"]), table, finite_inputs=False)
+    assert "outputs=0+1" in obstacle.why
+
+
+def test_a_softmax_over_the_last_axis_is_known_by_that(tmp_path: Path) -> None:
+    """By number where the rank is not known: up to opset 12 the others are another operation."""
+    rows = {"Softmax-11(FP32; axis=last)": AGREES}
+    table = Table(TABLE.sides, "x", rows)
+    for axis, shape, known in (
+        (1, [None, 4], True),
+        (-1, None, True),
+        (1, None, False),
+        (1, [1, 2, 4], False),
+    ):
+        nodes = [node("Softmax", ["x"], ["y"], axis=axis)]
+        model = onnx.load_from_string((graph(tmp_path, nodes, opset=12), tmp_path / "m.onnx")[1].read_bytes())
+        del model.graph.output[:]
+        model.graph.output.append(helper.make_tensor_value_info("y", T.FLOAT, shape))
+        (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+        found = obstacles(read_graph(str(tmp_path / "m.onnx")), table, finite_inputs=False)
+        assert (found == ()) == known, (axis, shape)
 
 
 def test_an_opset_to_come_is_not_known(tmp_path: Path) -> None:
@@ -190,7 +220,7 @@ def test_a_pair_without_a_table_is_said_and_how_to_make_one(tmp_path: Path) -> N
     (obstacle,) = judge(settings)
     assert "no table of operators for onnxruntime" in obstacle.why
     assert "CUDA here" in obstacle.why
-    assert obstacle.remedy == MAKE_TABLE
+    assert obstacle.remedy.startswith("`edgectl operators --candidate onnxruntime:CUDA:0` makes one")
 
 
 def test_many_obstacles_are_one_sentence() -> None:
@@ -228,6 +258,6 @@ def test_the_shipped_table_knows_what_parts_the_runtimes() -> None:
         "Sub-14(UINT8,UINT8)",
     ):
         assert rows[name].finite, name
-    for name in ("Relu-14(FP32)", "MaxPool-12(FP32)", "Softmax-13(FP32)", "Exp-13(FP32)"):
+    for name in (RELU, "MaxPool-12(FP32)", "Softmax-13(FP32; axis=last)", "Exp-13(FP32)"):
         assert not rows[name].finite, name
         assert rows[name].nonfinite, name

@@ -8,6 +8,7 @@ that made it.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import textwrap
 import time
@@ -320,8 +321,8 @@ def _commands(name: str, rows: Sequence[_Row], history: Sequence[_Row], status: 
         if row.get("serving") and row.get("state") == "READY":
             if row.get("fallback_reason"):
                 yield from ("edgectl devices", "edgectl doctor")
-            if any("`edgectl operators`" in str(m.get("remedy")) for m in row.get("measured") or ()):
-                yield "edgectl operators"
+            for measured in row.get("measured") or ():
+                yield from re.findall(r"`(edgectl operators[^`]*)`", str(measured.get("remedy") or ""))
             if row.get("restarts"):
                 yield f"edgectl logs {words['name']}"
         else:

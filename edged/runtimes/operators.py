@@ -86,6 +86,20 @@ _FLAGS = frozenset(
 )
 """Integers that choose what is computed, not how much of it."""
 
+_TELLING = {
+    **dict.fromkeys(("Squeeze", "Unsqueeze", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceProd"), "axes"),
+    **dict.fromkeys(("ReduceSum", "ReduceL1", "ReduceL2", "ReduceLogSum", "ReduceLogSumExp"), "axes"),
+    "ReduceSumSquare": "axes",
+    "Transpose": "perm",
+    "Split": "split",
+    "ConvTranspose": "output_shape",
+}
+"""Numbers that change what an operator does by being there at all: without them it takes all, or halves."""
+
+_BY_AXIS = frozenset(("Softmax", "LogSoftmax", "Hardmax"))
+"""Of these the axis decides: up to opset 12 they take all dimensions from there on for one, which is the same
+for the last one only."""
+
 _NEUTRAL = {"dilations": 1, "strides": 1, "pads": 0, "output_padding": 0}
 """Lists of numbers that say nothing while each of them is this."""
 
@@ -179,9 +193,16 @@ class Given:
 
 
 def signature(
-    op: str, since: int, schema: Schema, inputs: Sequence[Given | None], attributes: Mapping[str, Any]
+    op: str,
+    since: int,
+    schema: Schema,
+    *,
+    inputs: Sequence[Given | None],
+    outputs: Sequence[int],
+    attributes: Mapping[str, Any],
+    rank: int | None = None,
 ) -> str:
-    """The name of a row."""
+    """The name of a row; `outputs` are the places of those in use, `rank` is the first one's, if known."""
     texts = ["-" if each is None else str(each) for each in inputs]
     while texts and texts[-1] == "-":
         texts.pop()
@@ -194,6 +215,13 @@ def signature(
         for name, value in _telling(schema, attributes)
         if name in _FLAGS or _is_text(value)
     )
+    if op in _BY_AXIS:
+        axis = attributes.get("axis", schema.defaults.get("axis"))
+        flags.append("axis=last" if axis == -1 or (rank and axis == rank - 1) else f"axis={axis}")
+    if _TELLING.get(op) in attributes:
+        flags.append(_TELLING[op])
+    if len(schema.outputs) > 1 and list(outputs) != [0]:
+        flags.append("outputs=" + "+".join(str(n) for n in outputs))
     return f"{op}-{since}({','.join(texts)}{'; ' if flags else ''}{' '.join(flags)})"
 
 
