@@ -129,7 +129,7 @@ class _Walk:
             self._read.update(node.inputs)
             self._read.update(name for sub in node.graphs for name in _mentioned(sub))
         self._read.discard("")
-        self._ranks = {value.name: len(value.shape) for value in graph.outputs if value.shape is not None}
+        self._ranks = _ranks(graph, self._nodes)
         self._known: dict[str, Given] = {
             value.name: Given(value.datatype if value.kind == "tensor" else "") for value in graph.inputs
         }
@@ -249,6 +249,57 @@ def _mentioned(graph: Graph) -> Iterable[str]:
         yield from node.inputs
         for sub in node.graphs:
             yield from _mentioned(sub)
+
+
+_BROADCAST = frozenset(("Add", "Sub", "Mul", "Div", "Pow", "Where", "Max", "Min", "Sum", "MatMul"))
+"""Their output has as many dimensions as the input that has the most."""
+
+_AS_FIRST = frozenset(
+    (
+        "Cast",
+        "Clip",
+        "Concat",
+        "Dropout",
+        "Identity",
+        "LogSoftmax",
+        "Pad",
+        "Relu",
+        "Slice",
+        "Softmax",
+        "Split",
+    )
+)
+"""Theirs has as many as their first input."""
+
+
+def _ranks(graph: Graph, nodes: Sequence[Node]) -> dict[str, int]:
+    """How many dimensions tensors have, as far as the file tells without much ado."""
+    known = {v.name: len(v.shape) for v in (*graph.inputs, *graph.outputs) if v.shape is not None}
+    known.update({name: len(constant.shape) for name, constant in graph.initializers.items()})
+    for node in reversed(nodes):
+        if node.op == "Identity" and node.outputs[0] in known:
+            known.setdefault(node.inputs[0], known[node.outputs[0]])
+    for node in nodes:
+        rank = _rank(node, [known.get(name) for name in node.inputs if name])
+        if rank is not None:
+            known.setdefault(node.outputs[0], rank)
+    return known
+
+
+def _rank(node: Node, given: Sequence[int | None]) -> int | None:
+    ranks = [rank for rank in given if rank is not None]
+    axes, perm, value = (node.attributes.get(name) for name in ("axes", "perm", "value"))
+    if isinstance(value, Constant) and node.op == "Constant":
+        return len(value.shape)
+    if node.op == "Transpose" and isinstance(perm, tuple):
+        return len(perm)
+    if node.op in ("Flatten", "Gemm"):
+        return 2
+    if node.op in ("Squeeze", "Unsqueeze") and isinstance(axes, tuple) and ranks:
+        return ranks[0] + (len(axes) if node.op == "Unsqueeze" else -len(axes))
+    if node.op in _BROADCAST and len(ranks) == len(given):
+        return max(ranks, default=None)
+    return given[0] if node.op in _AS_FIRST and given else None
 
 
 def _datatypes(node: Node, schema: Schema, inputs: Sequence[Given | None]) -> list[str]:

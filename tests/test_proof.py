@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -189,7 +190,6 @@ def test_a_softmax_over_the_last_axis_is_known_by_that(tmp_path: Path) -> None:
     for axis, shape, known in (
         (1, [None, 4], True),
         (-1, None, True),
-        (1, None, False),
         (1, [1, 2, 4], False),
     ):
         nodes = [node("Softmax", ["x"], ["y"], axis=axis)]
@@ -199,6 +199,38 @@ def test_a_softmax_over_the_last_axis_is_known_by_that(tmp_path: Path) -> None:
         (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
         found = obstacles(read_graph(str(tmp_path / "m.onnx")), table, finite_inputs=False)
         assert (found == ()) == known, (axis, shape)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "axis"),
+    [
+        ([node("Transpose", ["u"], ["s"], perm=[0, 2, 1])], 2),
+        ([node("Flatten", ["u"], ["s"])], 1),
+        (
+            [
+                node("Flatten", ["u"], ["f"]),
+                node("MatMul", ["f", "w"], ["m"]),
+                node("Add", ["m", "b"], ["s"]),
+            ],
+            1,
+        ),
+        ([node("Transpose", ["u"], ["t"], perm=[1, 0, 2]), node("Squeeze", ["t"], ["s"], axes=[0])], 1),
+        ([node("Flatten", ["u"], ["f"]), node("Unsqueeze", ["f"], ["s"], axes=[0])], 2),
+    ],
+    ids=lambda value: " ".join(each.op_type for each in value) if isinstance(value, list) else str(value),
+)
+def test_ranks_are_followed_as_far_as_they_are_told(
+    tmp_path: Path, nodes: list[onnx.NodeProto], axis: int
+) -> None:
+    """From weights and permutations on; nothing is known of the input here."""
+    constants = {"w": np.ones((4, 2), "f4"), "b": np.ones(4, "f4")}
+    for given, last in ((axis, True), (axis + 1, False)):
+        softmax = [node("Softmax", ["s"], ["p"], axis=given), node("Relu", ["p"], ["y"])]
+        found = graph(tmp_path, [node("Relu", ["x"], ["u"]), *nodes, *softmax], constants=constants, opset=12)
+        found = replace(found, inputs=(replace(found.inputs[0], shape=None),))
+        texts = " ".join(told(found))
+        assert ("Softmax-11(FP32; axis=last)" in texts) == last
+        assert (f"Softmax-11(FP32; axis={given})" in texts) == (not last)
 
 
 def test_an_opset_to_come_is_not_known(tmp_path: Path) -> None:

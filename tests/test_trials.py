@@ -97,12 +97,20 @@ def test_runtimes_that_do_not_start_make_no_table() -> None:
     """Nor does a child that is not there, or an operator that has no case."""
     with pytest.raises(TrialsFailed, match="do not start"):
         run_trials(start, (("onnxruntime", "CPU"), ("no_such_runtime", "CPU")), only=["Relu"])
+    with pytest.raises(TrialsFailed, match="do not start"):
+        run_trials(start, (("onnxruntime", "CPU"), ("openvino", "NO_SUCH_DEVICE")), only=["Relu"])
 
     def exits(_settings: Mapping[str, Any], fd: int) -> subprocess.Popen[bytes]:
         return subprocess.Popen([sys.executable, "-c", "pass"], pass_fds=(fd,))
 
     with pytest.raises(TrialsFailed, match="do not start"):
         run_trials(exits, SIDES, only=["Relu"])
+
+    def nowhere(_settings: Mapping[str, Any], _fd: int) -> subprocess.Popen[bytes]:
+        return subprocess.Popen(["/no/such/python"])
+
+    with pytest.raises(TrialsFailed, match="no child could be started: No such file"):
+        run_trials(nowhere, SIDES, only=["Relu"])
     with pytest.raises(TrialsFailed, match="no case"):
         run_trials(start, SIDES, only=["NoSuchOperator"])
 

@@ -32,6 +32,7 @@ from edged.runtimes.base import (
     Model,
     RunFailed,
     Runtime,
+    clean_text,
     create_runtime,
     silence_telemetry,
 )
@@ -53,6 +54,7 @@ from edged.runtimes.operators import (
     numbers_of,
     signature,
 )
+from edged.runtimes.tiny import run_tiny_model
 
 __all__ = ["Job", "TrialsFailed", "list_jobs", "main", "run_job", "run_trials"]
 
@@ -340,7 +342,13 @@ def main(arguments: Sequence[str]) -> NoReturn:
         out.write(json.dumps(what) + "\n")
 
     (one, one_device), (other, other_device) = settings["sides"]
-    reference, candidate = create_runtime(one), create_runtime(other)
+    try:
+        reference, candidate = create_runtime(one), create_runtime(other)
+        for runtime, device in ((reference, one_device), (candidate, other_device)):
+            run_tiny_model(runtime, device).close()
+    except Exception as e:  # noqa: BLE001 - whatever it raises, nothing can be run there
+        say(failed=clean_text(e))
+        os._exit(1)
     say(versions=[reference.version, candidate.version])
     jobs = list_jobs(settings["only"])
     np.seterr(all="ignore")
@@ -384,6 +392,8 @@ def run_trials(
     while at < len(jobs):
         before = at
         for said in _child(start, {"sides": list(sides), "only": list(only), "from": at}):
+            if "failed" in said:
+                raise TrialsFailed(f"the runtimes do not start: {said['failed']}")
             if "versions" in said:
                 versions = [str(each) for each in said["versions"]]
             elif "ends" in said:
@@ -431,6 +441,9 @@ def _child(start: Start, settings: Mapping[str, Any]) -> Iterator[dict[str, Any]
     reader, writer = os.pipe2(os.O_CLOEXEC)
     try:
         process = start({**settings, "fd": writer}, writer)
+    except OSError as e:
+        os.close(reader)
+        raise TrialsFailed(f"no child could be started: {e.strerror}") from e
     finally:
         os.close(writer)
     done = False
