@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import pytest
 from onnx import helper
 
 from tests import zoo
-from tests.e2e.harness import Daemon, Edgectl, running_daemon, until
+from tests.e2e.harness import ROOT, Daemon, Edgectl, running_daemon, until
 from tests.operator_tables import table_of, write_into
 
 pytestmark = pytest.mark.e2e
@@ -112,28 +113,36 @@ def test_a_daemon_without_a_table_moves_nothing_until_one_is_made(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """`edgectl operators` makes one beside the running daemon, which takes it up at its next start."""
-    settings = {"EDGED_DEVICES_EXCLUDE": "openvino:GPU,openvino:NPU"}
+    # An edged without the tables that it comes with: they may hold on this machine.
+    package = tmp_path / "package"
+    shutil.copytree(ROOT / "edged", package / "edged", ignore=shutil.ignore_patterns("operators-*.json"))
+    settings = {"EDGED_DEVICES_EXCLUDE": "openvino:GPU,openvino:NPU", "PYTHONPATH": str(package)}
     models = {"moves.onnx": zoo.elementwise(), "moves.toml": FINITE}
-    with running_daemon(tmp_path, settings, models=models) as daemon:
+    with running_daemon(tmp_path / "daemon", settings, models=models) as daemon:
         edgectl = Edgectl(daemon.endpoint, capsys)
-        report = edgectl.json("operators", *(part for name in SIGNATURES for part in ("--only", name)))
+        (measured,) = chosen(daemon, "moves")["measured"]
+        assert "there is no table of operators for onnxruntime" in measured["why"]
+        assert "edgectl operators" in measured["remedy"]
+        assert measured["p50_us"] > 0
+        assert edgectl("explain", "moves")[1].rstrip().endswith("edgectl operators")
+
+        only = [part for name in SIGNATURES for part in ("--only", name)]
+        report = edgectl.json("operators", *only)
         path = Path(report["path"])
         assert path.parent == daemon.state / "operators"
         assert report["signatures"] == len(SIGNATURES)
         assert path.stat().st_uid == daemon.state.stat().st_uid
         assert path.stat().st_mode & 0o022 == 0
         assert daemon.stop() == 0
+
         path.chmod(0o666)  # a stranger could have written it, and nothing is believed of it
         daemon.start()
-        row = chosen(daemon, "moves")
-        if row["runtime"] == "openvino" or "no table" not in row["measured"][0]["why"]:
-            pytest.skip("a table that comes with edged holds on this machine")
-        (measured,) = row["measured"]
+        (measured,) = chosen(daemon, "moves")["measured"]
         assert "may be written by others" in measured["why"]
-        assert "edgectl operators" in measured["remedy"]
         assert daemon.stop() == 0
-        path.chmod(0o644)
-        edgectl("operators", "--state-dir", str(daemon.state), "--only", SIGNATURES[0])
+        assert edgectl("operators", "--state-dir", str(daemon.state), "--only", SIGNATURES[0])[0] == 0
+        assert path.stat().st_mode & 0o022 == 0  # and that one took nothing over from it
+        assert edgectl.json("operators", "--state-dir", str(daemon.state), *only)["signatures"] == 5
         daemon.start()
         daemon.wait_row("moves", lambda r: r["serving"] and r["runtime"] == "openvino", "has moved")
 
@@ -155,8 +164,8 @@ def test_a_real_network_moves(tmp_path: Path) -> None:
             pytest.skip(f"no table holds on this machine: {row['measured']}")
         (measured,) = row["measured"]
         assert (measured["agrees"], measured["proven"]) == (True, True)
-        if measured["p50_us"] < 0.85 * measured["reference_p50_us"]:  # else it is not faster on this machine
-            assert row["runtime"] == "openvino"
+        if measured["p50_us"] < 0.85 * measured["reference_p50_us"] - 50:  # else it may not be worth it here
+            daemon.wait_row("a", lambda r: r["serving"] and r["runtime"] == "openvino", "has moved")
         row = chosen(daemon, "b")
         assert row["runtime"] == "onnxruntime"
         assert "finite_inputs" in row["measured"][0]["remedy"]
