@@ -51,6 +51,9 @@ SHORT = 20
 """A slot is at most this part of the budget, so that a small one still has every round."""
 
 
+EDGE_INPUTS_MAX = 16
+"""A model of more inputs is tried at the edges of all of them at once only: each takes a dozen runs."""
+
 OBSTACLES_MAX, OBSTACLE_CHARS_MAX = 20, 400
 """Of what is told of a measurement: an owner reads the first, and the books keep them."""
 
@@ -77,8 +80,9 @@ def measure(load: Callable[[Mapping[str, Any]], Model], settings: Mapping[str, A
     """
     bounds = FAST if settings["candidate"].get("precision") == "fast" else FULL
     alike = _are_alike(settings["reference"], settings["candidate"])
-    against = () if alike or "runtime" not in settings["reference"] else judge(settings)
     reference = load(settings["reference"])
+    replaceable = frozenset(s.name for s in reference.inputs if s.optional)
+    against = () if alike or "runtime" not in settings["reference"] else judge(settings, replaceable)
     try:
         candidate = load(settings["candidate"])
     except Exception as e:  # noqa: BLE001 - a candidate that does not load is an answer, not an accident
@@ -252,7 +256,7 @@ class _Pair:
             }
             for name, value in feeds.items()
         }
-        for name, each in found.items():
+        for name, each in found.items() if len(found) <= EDGE_INPUTS_MAX else ():
             for kind, array in each.items():
                 yield f"{kind} in input {name!r}", {**feeds, name: array}
         if len(found) > 1:

@@ -24,7 +24,6 @@ from edged.runtimes.operators import (
     Given,
     Row,
     Schema,
-    Schemas,
     Side,
     Table,
     find_table,
@@ -69,10 +68,10 @@ def sentence(found: Sequence[Obstacle]) -> str:
     return text
 
 
-def judge(settings: Mapping[str, Any]) -> tuple[Obstacle, ...]:
+def judge(settings: Mapping[str, Any], replaceable: frozenset[str] = frozenset()) -> tuple[Obstacle, ...]:
     """What stands against the candidate of a measurement (the control channel's `measure` map).
 
-    Nothing for another way to run the same runtime on the same device.
+    `replaceable` are the constants that the reference lets a request replace.
     """
     one, other = settings["reference"], settings["candidate"]
     sides = [
@@ -89,7 +88,7 @@ def judge(settings: Mapping[str, Any]) -> tuple[Obstacle, ...]:
         graph = read_graph(settings["path"])
     except (ValueError, OSError) as e:
         return (Obstacle(f"its graph cannot be read: {clean_text(e)}"),)
-    return obstacles(graph, table, finite_inputs=bool(settings.get("finite_inputs")))
+    return obstacles(graph, table, finite_inputs=bool(settings.get("finite_inputs")), replaceable=replaceable)
 
 
 def _command(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
@@ -105,11 +104,15 @@ def _command(one: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 
 def obstacles(
-    graph: Graph, table: Table, *, finite_inputs: bool, schemas: Schemas | None = None
+    graph: Graph,
+    table: Table,
+    *,
+    finite_inputs: bool,
+    replaceable: frozenset[str] = frozenset(),
 ) -> tuple[Obstacle, ...]:
     """What stands against it by the table, each kind once, what nobody can allow first."""
     found: dict[tuple[str, str], int] = {}
-    walk = _Walk(graph, table, finite_inputs, load_schemas() if schemas is None else schemas)
+    walk = _Walk(graph, table, finite_inputs, replaceable)
     for obstacle in walk.obstacles():
         key = (obstacle.why, obstacle.remedy)
         found[key] = found.get(key, 0) + 1
@@ -120,8 +123,8 @@ def obstacles(
 class _Walk:
     """From the graph's inputs to its outputs, with what is known of each tensor."""
 
-    def __init__(self, graph: Graph, table: Table, finite_inputs: bool, schemas: Schemas) -> None:
-        self._graph, self._table, self._schemas = graph, table, schemas
+    def __init__(self, graph: Graph, table: Table, finite_inputs: bool, replaceable: frozenset[str]) -> None:
+        self._graph, self._table, self._schemas = graph, table, load_schemas()
         self._finite_inputs = finite_inputs
         self._nodes = _used(graph)
         self._read = {value.name for value in graph.outputs}
@@ -133,9 +136,9 @@ class _Walk:
         self._known: dict[str, Given] = {
             value.name: Given(value.datatype if value.kind == "tensor" else "") for value in graph.inputs
         }
-        # An initializer that is an input too is one that a request may replace. Whether both runtimes let it
-        # is compared elsewhere; where neither does it is a constant.
-        self._known.update({n: Given(c.datatype, CONSTANT) for n, c in graph.initializers.items()})
+        for name, constant in graph.initializers.items():
+            origin = DATA if name in replaceable else CONSTANT
+            self._known[name] = Given(constant.datatype, origin)
 
     def obstacles(self) -> Iterator[Obstacle]:
         for node in self._nodes:

@@ -120,6 +120,16 @@ def test_what_is_computed_from_constants_is_compared_by_running_it(tmp_path: Pat
     assert told(graph(tmp_path, nodes)) == []
 
 
+def test_a_constant_that_a_request_may_replace_is_data(tmp_path: Path) -> None:
+    """What is in it then is not what was compared."""
+    found = graph(tmp_path, [node("Add", ["x", "c"], ["y"])], constants={"c": np.float32(1)})
+    rows = {"Add-14(FP32,FP32=)": AGREES}
+    table = Table(TABLE.sides, "x", rows)
+    assert obstacles(found, table, finite_inputs=False) == ()
+    (obstacle,) = obstacles(found, table, finite_inputs=False, replaceable=frozenset("c"))
+    assert obstacle.why == "Add-14(FP32,FP32) was not tried"
+
+
 def test_what_no_output_depends_on_does_not_count(tmp_path: Path) -> None:
     """Both runtimes leave it out."""
     nodes = [node("Mul", ["n", "n"], ["unused"]), node("Add", ["x", "x"], ["y"])]
