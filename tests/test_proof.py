@@ -77,7 +77,7 @@ def test_a_graph_of_operators_that_agree_has_nothing_against_it(tmp_path: Path) 
 
 
 def test_nan_is_asked_for_unless_the_owner_says_that_it_never_comes(tmp_path: Path) -> None:
-    """And the owner is told that this word would be enough."""
+    """And it is said that this word would be enough."""
     found = graph(tmp_path, [node("Relu", ["x"], ["r"]), node("Relu", ["r"], ["y"])])
     (obstacle,) = obstacles(found, TABLE, finite_inputs=False)
     assert obstacle == Obstacle(f"{RELU} differs on NaN, Inf or denormals ({NAN})", FINITE_INPUTS, 2)

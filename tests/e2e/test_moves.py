@@ -93,6 +93,26 @@ def test_a_model_moves_only_by_the_owners_word_that_no_nan_comes(
     daemon.wait_row("moves", lambda r: r["serving"] and r["runtime"] == "onnxruntime", "is back without it")
 
 
+def test_an_owner_may_accept_what_is_not_proven(
+    daemon_with_table: Daemon, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By a flag of its own; the disagreements are in the report, and it holds after a restart."""
+    daemon, edgectl = daemon_with_table, Edgectl(daemon_with_table.endpoint, capsys)
+    zoo.write(daemon.models / "m.onnx", zoo.elementwise())
+    daemon.wait_ready("m")
+    report = edgectl.json("tune", "m", "--budget", "500ms", "--yes")
+    assert report["best"]["runtime"] == "onnxruntime"
+    assert report["best_unproven"]["runtime"] == "openvino"
+    (row,) = [row for row in report["rows"] if row["runtime"] == "openvino"]
+    assert "Relu-14(FP32) differs on NaN" in row["obstacles"][0]
+    report = edgectl.json("tune", "m", "--budget", "500ms", "--yes", "--accept-unproven")
+    assert report["best"]["runtime"] == "openvino"
+    assert daemon.stop() == 0
+    daemon.start()
+    row = daemon.wait_ready("m")
+    assert (row["runtime"], row["choice"]) == ("openvino", "tuned")
+
+
 def test_integers_that_another_runtime_cuts_off_keep_a_model(daemon_with_table: Daemon) -> None:
     """Whatever the owner says of NaN; the answer is right before and after the daemon has looked."""
     daemon = daemon_with_table
