@@ -3,16 +3,18 @@
 Owns the rule by which a model may be moved from one runtime to another, and the golden samples that a model
 brings along. It decides nothing: it says what it saw, and the core switches or does not.
 
-The rule, from comparing two runtimes over the ONNX node tests, where synthetic inputs alone let real
-disagreements pass: golden samples first; then ones; then normally distributed numbers with integers in
-{0, 1}. Shapes, dtypes and the pattern of NaN must be equal, floats within a relative L2 norm and a maximum,
-everything else exactly. A constant answer, or inputs that raise, prove nothing. Runs on Python 3.10 too.
+The rule, from comparing two runtimes over the ONNX node tests: golden samples first; then ones; then normally
+distributed numbers with integers in {0, 1}; then what parts runtimes (`edges`). Shapes, dtypes and the
+pattern of NaN and infinities must be equal, floats within a relative L2 norm and a maximum, everything else
+exactly, and what one refuses the other must refuse. A constant answer, or inputs that raise, prove nothing.
+Samples alone let real disagreements pass, so this is one half of what a move needs; `proof` has the other.
+Runs on Python 3.10 too.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,13 +29,16 @@ from edged.tensors import TensorSpec, pack_list
 __all__ = [
     "FAST",
     "FULL",
+    "MAGNITUDES",
     "Bounds",
     "GoldenMismatch",
     "NoInputs",
     "Sample",
     "check_golden",
     "disagreement",
+    "edges",
     "is_constant",
+    "is_finite",
     "read_golden",
     "synthetic_inputs",
 ]
@@ -56,6 +61,9 @@ FULL = Bounds(1e-3, 1e-3, 1e-5)
 
 FAST = Bounds(0.1, 0.1, 1e-3)
 """For models whose owner chose `precision = "fast"`: what bf16 and fp16 do to a network, and not more."""
+
+MAGNITUDES = frozenset(("beyond 2^24", "beyond 2^24, negative", "large", "largest", "smallest"))
+"""Of the `edges` of floats those that the 16 bits of `precision = "fast"` need not tell apart."""
 
 GOLDEN_SAMPLES_MAX = 64
 """Of one model: they are run at each load."""
@@ -258,6 +266,72 @@ def _synthetic(datatype: str, shape: tuple[int, ...], kind: str, rng: Any) -> An
     if dtype.kind == "f":
         return np.asarray(rng.standard_normal(shape)).astype(dtype)
     return np.asarray(rng.integers(0, 2, shape)).astype(dtype)
+
+
+def edges(array: Any) -> Iterator[tuple[str, Any]]:
+    """What a tensor like this may hold at worst, each with its name: what is known to part runtimes."""
+    if array.size == 0 or array.dtype.kind not in "fbiu":
+        return
+    if array.dtype.kind == "f":
+        with np.errstate(all="ignore"):
+            found = list(_float_edges(array))
+        yield from found
+    elif array.dtype.kind == "b":
+        yield "all true", np.ones_like(array)
+        yield "all false", np.zeros_like(array)
+    else:
+        yield from _integer_edges(array)
+
+
+def _float_edges(array: Any) -> Iterator[tuple[str, Any]]:
+    info = np.finfo(array.dtype)
+    for name, value in (("NaN", np.nan), ("Inf", np.inf), ("-Inf", -np.inf)):
+        yield name, _planted(array, value)
+    yield "NaN and Inf among others", _tiled(array, [np.nan, 1.5, np.inf, -2, -np.inf, 0, info.max, 0.25])
+    yield "zeros", _tiled(array, [0.0, -0.0])
+    small = float(info.smallest_subnormal)
+    yield "denormals", _tiled(array, [small, -8 * small, float(info.tiny) / 2, float(info.tiny)])
+    if info.bits > 16:
+        wide = [2**24 + 1, 2**25 + 3, 2**31, 2**32 - 1, 1e10]
+        yield "beyond 2^24", _tiled(array, wide)
+        yield "beyond 2^24, negative", _tiled(array, [-each for each in wide])
+        yield "large", array * array.dtype.type(2.0**60)
+    yield "largest", _planted(array, info.max)
+    yield "smallest", _planted(array, info.min)
+
+
+def _integer_edges(array: Any) -> Iterator[tuple[str, Any]]:
+    info = np.iinfo(array.dtype)
+    yield "largest and smallest", _tiled(array, [info.max, info.min])
+    yield "zeros", np.zeros_like(array)
+    yield "out of range", _planted(array, 100)
+    if info.min < 0:
+        yield "negative", _tiled(array, [-1, -2])
+        yield "out of range, negative", _planted(array, -100)
+    if info.max > 2**24 + 1:
+        yield "beyond 2^24", _tiled(array, [2**24 + 1, 2**24 + 3, 2**30 + 1])
+    if info.max > 2**32:
+        yield "beyond 2^31", _tiled(array, [2**31, 2**31 + 1, 2**53 + 1])
+
+
+def _planted(array: Any, value: Any) -> Any:
+    """A few elements, at both ends and in the middle, among what is there."""
+    out = array.copy()
+    out.reshape(-1)[[0, array.size // 2, array.size - 1]] = value
+    return out
+
+
+def _tiled(array: Any, values: Sequence[Any]) -> Any:
+    return np.resize(np.array(values).astype(array.dtype), array.shape)
+
+
+def is_finite(values: Any) -> bool:
+    """Whether there is neither NaN nor an infinity among the floats of these arrays."""
+    return all(
+        bool(np.isfinite(each).all())
+        for each in values
+        if isinstance(each, np.ndarray) and each.dtype.kind == "f"
+    )
 
 
 def disagreement(reference: Any, candidate: Any, datatype: str, bounds: Bounds = FULL) -> str | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from edged.errors import InvalidArgument, NotFound, ResourceExhausted, Unavailable
@@ -104,6 +104,8 @@ class Tune:
     message: str = ""
     results: dict[Setup, dict[str, Any]] = field(default_factory=dict)
     best: Setup | None = None
+    best_unproven: Setup | None = None
+    """What would be the best if its owner took every answer for good; None where that is no other."""
     requests: int = 0
     """That came while it measured, and cost it some truth."""
     ended_s: float | None = None
@@ -379,11 +381,14 @@ class Chooser:
         if tune.state in (TuneState.MEASURING, TuneState.MEASURED):
             self._end(tune, TuneState.CANCELLED, "CANCELLED", "cancelled by its owner", now_s)
 
-    def apply_tune(self, tune: Tune, now_s: float) -> None:
+    def apply_tune(self, tune: Tune, now_s: float, *, unproven: bool = False) -> None:
         """Has the model run as was found to be the best, beside how it runs now until that one is ready.
 
+        With `unproven` that may be a setup whose answers are not shown to be the same: the owner's word.
         Raises Unavailable when there is nothing to apply, or the model is not what was measured any more.
         """
+        if unproven and tune.best_unproven is not None and tune.state is TuneState.MEASURED:
+            tune.best = tune.best_unproven
         if tune.state is not TuneState.MEASURED or tune.best is None:
             text = f"there is nothing to apply: the tune is {tune.state.value}"
             raise Unavailable(text, reason="NOT_MEASURED")
@@ -431,7 +436,12 @@ class Chooser:
             self._start(tune.instance, setup, tune, min(SLICE_MAX_S, max(SLICE_MIN_S, slice_s)), now_s)
 
     def _measured(self, tune: Tune, now_s: float) -> None:
-        tune.best = best(tune.space, tune.figures())
+        figures = tune.figures()
+        tune.best = best(tune.space, figures)
+        # As if every one that was timed answered as it should.
+        trusted = {s: replace(f, agrees=True, proven=True) for s, f in figures.items()}
+        found = best(tune.space, trusted)
+        tune.best_unproven = None if found in (tune.best, tune.space.current) else found
         text = "" if tune.results else "there is nothing to choose from: one device, one way to run it"
         self._end(tune, TuneState.MEASURED, "", text, now_s)
 
@@ -489,6 +499,7 @@ class Chooser:
             "measuring": None if measuring is None else measuring.to_wire(),
             "current": tune.space.current.to_wire(),
             "best": None if tune.best is None else tune.best.to_wire(),
+            "best_unproven": None if tune.best_unproven is None else tune.best_unproven.to_wire(),
             "rows": [
                 {
                     **setup.to_wire(),
@@ -499,6 +510,8 @@ class Chooser:
                     "proven": f.proven,
                     "why": f.why,
                     "size": tune.results.get(setup, {}).get("size"),
+                    "obstacles": list(tune.results.get(setup, {}).get("obstacles") or ()),
+                    "remedy": str(tune.results.get(setup, {}).get("remedy", "")),
                     "pareto": setup in front,
                     "current": setup == tune.space.current,
                     "best": setup == tune.best,

@@ -344,8 +344,9 @@ class Client:
         """Has the daemon measure how it runs a model best (admin): the report so far.
 
         `do` is `start` (with `aim`, `latency` or `throughput`, and `budget_ms`), `status`, `cancel` or
-        `apply` (each with `tune`, the report's `id`). Without a question for 30 s it is cancelled. A start
-        may name what to measure with: `inputs` as for `infer`, or `shapes` of some inputs, `{name: [dims]}`.
+        `apply` (each with `tune`, the report's `id`; with `unproven` set to true the report's `best_unproven`
+        is applied, whose answers may differ). Without a question for 30 s it is cancelled. A start may name
+        what to measure with: `inputs` as for `infer`, or `shapes` of some inputs, `{name: [dims]}`.
         """
         fields = {"settings": {"do": do, **settings}}
         reply = self._ask(

@@ -73,6 +73,10 @@ class ConfigError(Exception):
         self.message = message
 
 
+OPERATORS_DIR = "operators"
+"""Where, below the state directory, the tables of operators are that were made on this device."""
+
+
 @dataclass(frozen=True)
 class ServerConfig:
     """`[server]`: where the daemon lives and how it starts and ends."""

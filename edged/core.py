@@ -687,7 +687,7 @@ class Core:
                 chooser.cancel_tune(tune, now_s)
             case "apply":
                 tune = chooser.find_tune(settings.get("tune"), now_s)
-                chooser.apply_tune(tune, now_s)
+                chooser.apply_tune(tune, now_s, unproven=settings.get("unproven") is True)
             case _:
                 text = "settings.do must be one of start, status, cancel, apply"
                 raise InvalidArgument(text, reason="BAD_PARAMETER")

@@ -32,7 +32,7 @@ from edged.arena import ArenaBoundsError
 from edged.cache import Answer, Keep
 from edged.catalog import LevelName
 from edged.children import Children
-from edged.config import Config, ConfigError
+from edged.config import OPERATORS_DIR, Config, ConfigError
 from edged.core import Core, Identity
 from edged.devices import Candidate, Verdict, matches
 from edged.disk import Disk, entry_of
@@ -104,6 +104,7 @@ from edged.messages import Envelope, Route
 from edged.metrics import Metrics
 from edged.pressure import PressureWatch
 from edged.reloading import Reload, compare
+from edged.runtimes.operators import fingerprint
 from edged.scheduler import Job
 from edged.store import StoreError
 from edged.system import Notifier, Sampler, available_cpus, memory_limit_bytes, pressure_files
@@ -209,6 +210,7 @@ class Daemon:
             name=_cpu_name(),
             cpus=cpus,
             memory_limit_bytes=memory_limit_bytes(config.resources.memory),
+            operators=fingerprint(str(config.server.state_dir / OPERATORS_DIR)),
         )
         self._core = Core(
             config,

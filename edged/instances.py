@@ -113,6 +113,8 @@ class Machine:
     name: str
     cpus: int
     memory_limit_bytes: int
+    operators: str = ""
+    """What the tables of operators are known by, by which a model may be moved."""
 
 
 @dataclass(eq=False)

@@ -122,8 +122,9 @@ class Lifecycle:
             instance.setup, instance.choice, instance.settled = setup, choice, True
         elif instance.pinned:
             instance.choice = "pinned"
-        elif before is not None and before.candidate is not None:
-            # Whether its rows may share a run is the new content's own to prove.
+        elif before is not None and before.candidate in self._placement.plan_for(instance).candidates[:1]:
+            # Only where it would run anyhow: that the version before answered alike on another runtime proves
+            # nothing about this one, and neither does it that its rows could share a run.
             chosen = before.setup or Setup(before.candidate, self._around.machine.cpus)
             instance.setup = replace(chosen, candidate=before.candidate, max_batch=0)
             instance.choice = "inherited"

@@ -1,8 +1,9 @@
 """The measurement of one setup of a model beside the one that serves, in a process of its own.
 
-Loads both, compares their answers by the rule of `agreement`, then runs them in turns, each as it would be
-run: as many threads as it has instances, each asking again as soon as it is answered. It decides nothing: it
-says what it saw. Runs on Python 3.10 too.
+Loads both, says what stands against the candidate by the model's graph (`proof`), compares their answers by
+the rule of `agreement`, and runs them in turns, each as it would be run: as many threads as it has instances,
+each asking again as soon as it is answered. What is not allowed to serve is timed all the same, so that its
+owner sees what it would bring. It decides nothing: it says what it saw. Runs on Python 3.10 too.
 """
 
 from __future__ import annotations
@@ -10,14 +11,26 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
-from edged.agreement import FAST, FULL, Bounds, NoInputs, disagreement, is_constant, read_golden
+from edged.agreement import (
+    FAST,
+    FULL,
+    MAGNITUDES,
+    Bounds,
+    NoInputs,
+    disagreement,
+    edges,
+    is_constant,
+    is_finite,
+    read_golden,
+)
 from edged.madeup import Choice, choose
+from edged.proof import Obstacle, judge, sentence
 from edged.runtimes.base import Model, RunFailed, clean_text
 from edged.sizes import LEAST
 
@@ -41,10 +54,26 @@ SHORT = 20
 """A slot is at most this part of the budget, so that a small one still has every round."""
 
 
+EDGE_INPUTS_MAX = 16
+"""A model of more inputs is tried at the edges of all of them at once only: each takes a dozen runs."""
+
+OBSTACLES_MAX, OBSTACLE_CHARS_MAX = 20, 400
+"""Of what is told of a measurement: an owner reads the first, and the books keep them."""
+
+
 def no_result(why: str) -> dict[str, Any]:
     """A measurement that proves nothing: the reference stays."""
     names = [f"{side}_{figure}" for side in ("reference", "candidate") for figure in _Side.FIGURES]
-    return {**dict.fromkeys(names), "agrees": False, "proven": False, "why": why, "runs": 0, "size": None}
+    return {
+        **dict.fromkeys(names),
+        "agrees": False,
+        "proven": False,
+        "why": why,
+        "obstacles": [],
+        "remedy": "",
+        "runs": 0,
+        "size": None,
+    }
 
 
 def measure(
@@ -52,55 +81,77 @@ def measure(
     settings: Mapping[str, Any],
     owner_inputs: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Loads reference and candidate, compares their answers, then times them in turns.
+    """Loads reference and candidate, compares their answers and times them in turns.
 
-    `settings` is the control channel's `measure` map, `owner_inputs` what came with it. Only what agrees is
-    timed.
+    `settings` is the control channel's `measure` map, `owner_inputs` what came with it. What agrees is timed,
+    and so is what only its graph speaks against.
     """
     bounds = FAST if settings["candidate"].get("precision") == "fast" else FULL
+    alike = _are_alike(settings["reference"], settings["candidate"])
     reference = load(settings["reference"])
+    replaceable = frozenset(s.name for s in reference.inputs if s.optional)
+    against = () if alike or "runtime" not in settings["reference"] else judge(settings, replaceable)
     try:
         candidate = load(settings["candidate"])
     except Exception as e:  # noqa: BLE001 - a candidate that does not load is an answer, not an accident
         reference.close()
         return no_result(f"the candidate does not load: {clean_text(e)}")
     try:
-        if settings["candidate"].get("runtime") == "openvino" and any(
-            s.datatype == "FP64" for s in (*reference.inputs, *reference.outputs)
-        ):
-            return no_result("this runtime computes FP64 in FP32")
         samples = read_golden(
             settings.get("golden_dir"), settings.get("golden") or (), reference.inputs, reference.outputs
         )
         choice = choose(reference, samples, settings, owner_inputs)
-        agrees, proven, why, feeds = _compare(reference, candidate, choice, bounds)
-        if agrees and feeds is not None and _are_alike(settings["reference"], settings["candidate"]):
+        pair = _Pair(reference, candidate, bounds, finite_only=bool(settings.get("finite_inputs")))
+        agrees, proven, why, feeds = pair.compare(choice, with_edges=not alike and not against)
+        if alike and agrees and feeds is not None:
             proven, why = True, "the same runtime on the same device"
-        if not agrees or feeds is None:
-            return {**no_result(why), "agrees": agrees, "proven": proven}
-        size = choice.size_of(feeds)
-        if size["source"] == LEAST:
-            proven, why = False, f"{why}; nothing is decided at free dimensions of 1: {NO_SIZE}"
-        try:
-            sides = (
-                _Side(reference, feeds, settings["reference"].get("rows") or 1),
-                _Side(candidate, feeds, settings["candidate"].get("rows") or 1),
+        if against:
+            agrees, proven, why = (
+                False,
+                False,
+                "; ".join(filter(None, (sentence(against), pair.disagreement))),
             )
-            _race(sides, settings["budget_s"])
-        except RunFailed as e:
-            return no_result(f"it raises under load: {e.message}")
-        except NoInputs as e:
-            return no_result(str(e))
-        figures = {
-            f"{name}_{key}": value
-            for name, side in zip(("reference", "candidate"), sides)  # noqa: B905 - two of each
-            for key, value in side.figures().items()
-        }
-        runs = sum(len(side.times_ns) for side in sides)
-        return {**figures, "agrees": agrees, "proven": proven, "why": why, "runs": runs, "size": size}
+        size = None if feeds is None else choice.size_of(feeds)
+        if agrees and size is not None and size["source"] == LEAST:
+            proven, why = False, f"{why}; nothing is decided at free dimensions of 1: {NO_SIZE}"
+        verdict = {"agrees": agrees, "proven": proven, "why": why, **_told(against, pair.disagreement)}
+        if feeds is None:
+            return {**no_result(why), **verdict}
+        try:
+            return {**_timed(reference, candidate, feeds, settings), **verdict, "size": size}
+        except (RunFailed, NoInputs) as e:
+            why = f"it raises under load: {e.message}" if isinstance(e, RunFailed) else str(e)
+            return {**no_result(why), **_told(against, pair.disagreement)}
     finally:
         candidate.close()
         reference.close()
+
+
+def _told(against: Sequence[Obstacle], disagreement: str) -> dict[str, Any]:
+    """What stands in the way, one by one, and what the owner can say so that it does not."""
+    found = [*([disagreement] if disagreement else []), *(str(each) for each in against)]
+    remedies = {each.remedy for each in against} | ({""} if disagreement else set())
+    return {
+        "obstacles": [each[:OBSTACLE_CHARS_MAX] for each in found[:OBSTACLES_MAX]],
+        "remedy": remedies.pop() if len(remedies) == 1 else "",
+    }
+
+
+def _timed(
+    reference: Model, candidate: Model, feeds: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
+    """The figures of both sides. Raises RunFailed, NoInputs."""
+    sides = (
+        _Side(reference, feeds, settings["reference"].get("rows") or 1),
+        _Side(candidate, feeds, settings["candidate"].get("rows") or 1),
+    )
+    _race(sides, settings["budget_s"])
+    figures = {
+        f"{name}_{key}": value
+        for name, side in zip(("reference", "candidate"), sides)  # noqa: B905 - two of each
+        for key, value in side.figures().items()
+    }
+    return {**figures, "runs": sum(len(side.times_ns) for side in sides)}
 
 
 def _are_alike(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> bool:
@@ -109,40 +160,116 @@ def _are_alike(reference: Mapping[str, Any], candidate: Mapping[str, Any]) -> bo
     return "runtime" in reference and all(reference.get(k) == candidate.get(k) for k in keys)
 
 
-def _compare(
-    reference: Model, candidate: Model, choice: Choice, bounds: Bounds
-) -> tuple[bool, bool, str, Mapping[str, Any] | None]:
-    """(agrees, proven, why, the inputs to time with): the first of the chosen ones that both answer."""
-    specs = {s.name: s for s in reference.outputs}
-    if [s.name for s in reference.inputs if not s.optional] != [
-        s.name for s in candidate.inputs if not s.optional
-    ] or list(specs) != [s.name for s in candidate.outputs]:
-        return False, False, "the runtimes name the model's inputs and outputs differently", None
-    tried = choice.samples
-    answers: list[list[Any]] = []
-    timed: Mapping[str, Any] | None = None
-    notes = list(choice.refused)
-    for sample in tried:
-        try:
-            want = reference.run(sample.inputs, list(specs))
-        except RunFailed:
-            notes.append(f"{sample.name}: the reference raises")
-            continue
-        try:
-            got = candidate.run(sample.inputs, list(specs))
-        except RunFailed as e:
-            return False, False, f"{sample.name}: the candidate raises: {e.message}", None
-        for (name, spec), a, b in zip(specs.items(), want, got):  # noqa: B905 - the same outputs were asked for
-            why = disagreement(a, b, spec.datatype, bounds)
+_Told = tuple[bool, bool, str, "Mapping[str, Any] | None"]
+"""Whether the answers agree, whether that proves anything, why, and the inputs to time with."""
+
+
+class _Pair:
+    """Two models that should answer the same."""
+
+    def __init__(self, reference: Model, candidate: Model, bounds: Bounds, *, finite_only: bool) -> None:
+        self._reference, self._candidate = reference, candidate
+        self._bounds = bounds
+        self._finite_only = finite_only
+        """NaN and infinities never come, by the owner's word."""
+        self._specs = {s.name: s for s in reference.outputs}
+        self.disagreement = ""
+        """The first that was seen."""
+
+    def compare(self, choice: Choice, *, with_edges: bool) -> _Told:
+        """The chosen inputs, in their order, then what parts runtimes."""
+        ports = [(s.name, s.optional) for s in self._reference.inputs]
+        if ports != [(s.name, s.optional) for s in self._candidate.inputs] or list(self._specs) != [
+            s.name for s in self._candidate.outputs
+        ]:
+            return self._differ(self._ports())
+        tried = choice.samples
+        answers: list[list[Any]] = []
+        base: Mapping[str, Any] | None = None
+        notes = list(choice.refused)
+        for sample in tried:
+            want = self._ask(self._reference, sample.inputs)
+            if isinstance(want, RunFailed):
+                notes.append(f"{sample.name}: the reference raises")
+            got = self._ask(self._candidate, sample.inputs)
+            why = self._difference(want, got)
             if why:
-                return False, False, f"{sample.name}, output {name!r}: {why}", None
-        answers.append(want)
-        timed = sample.inputs if timed is None else timed
-    if timed is None:
-        return False, False, "; ".join(notes) or "the model cannot be fed with made-up inputs", None
-    if len(answers) < 2 or is_constant(answers):
-        return True, False, "the reference answers the same to every input, which proves nothing", timed
-    return True, True, f"{len(answers)} of {len(tried)} inputs agree", timed
+                # What answers can be timed, even if it answers something else.
+                return self._differ(
+                    f"{sample.name}{why}", None if isinstance(got, RunFailed) else sample.inputs
+                )
+            if not isinstance(want, RunFailed):
+                answers.append(want)
+                base = sample.inputs if base is None else base
+        if base is None:
+            return False, False, "; ".join(notes) or "the model cannot be fed with made-up inputs", None
+        edge_runs = 0
+        for name, feeds in self._edges(tried[-1].inputs) if with_edges else ():
+            why = self._difference(self._ask(self._reference, feeds), self._ask(self._candidate, feeds))
+            if why:
+                return self._differ(f"{name}{why}", base)
+            edge_runs += 1
+        if len(answers) < 2 or is_constant(answers):
+            return True, False, "the reference answers the same to every input, which proves nothing", base
+        text = f"{len(answers)} of {len(tried)} inputs agree"
+        return True, True, text + (f", and {edge_runs} at the edges" if edge_runs else ""), base
+
+    def _differ(self, why: str, feeds: Mapping[str, Any] | None = None) -> _Told:
+        self.disagreement = why
+        return False, False, why, feeds
+
+    def _ports(self) -> str:
+        """How their inputs and outputs are not the same."""
+        there = {s.name for s in self._candidate.inputs}
+        lost = [s.name for s in self._reference.inputs if s.optional and s.name not in there]
+        if lost:
+            names = ", ".join(repr(name) for name in lost[:3]) + (", …" if len(lost) > 3 else "")
+            return (
+                f"the candidate has no optional input {names}; "
+                "export the model without initializers among its inputs"
+            )
+        return "the runtimes name the model's inputs and outputs differently"
+
+    def _ask(self, model: Model, feeds: Mapping[str, Any]) -> list[Any] | RunFailed:
+        try:
+            return model.run(feeds, list(self._specs))
+        except RunFailed as e:
+            return e
+
+    def _difference(self, want: list[Any] | RunFailed, got: list[Any] | RunFailed) -> str:
+        """How an answer or a refusal differs from the other; empty when they agree, or need not."""
+        if isinstance(want, RunFailed):
+            if isinstance(got, RunFailed) or want.reason == "MEMORY_LIMIT":
+                return ""
+            return ": the candidate answers what the reference refuses"
+        if isinstance(got, RunFailed):
+            return f": the candidate raises: {got.message}"
+        if self._finite_only and not is_finite(want):
+            return ""
+        for (name, spec), a, b in zip(self._specs.items(), want, got):  # noqa: B905 - the same were asked for
+            why = disagreement(a, b, spec.datatype, self._bounds)
+            if why:
+                return f", output {name!r}: {why}"
+        return ""
+
+    def _edges(self, feeds: Mapping[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Each input at its edges while the others are as they were, then all at once."""
+        found = {
+            name: {
+                kind: array
+                for kind, array in edges(value)
+                if not (self._finite_only and not is_finite([array]))
+                and not (self._bounds is FAST and array.dtype.kind == "f" and kind in MAGNITUDES)
+            }
+            for name, value in feeds.items()
+        }
+        for name, each in found.items() if len(found) <= EDGE_INPUTS_MAX else ():
+            for kind, array in each.items():
+                yield f"{kind} in input {name!r}", {**feeds, name: array}
+        if len(found) > 1:
+            for kind in dict.fromkeys(kind for each in found.values() for kind in each):
+                changed = {name: each[kind] for name, each in found.items() if kind in each}
+                yield f"{kind} in all inputs", {**feeds, **changed}
 
 
 @dataclass

@@ -27,6 +27,14 @@ _LASTING = frozenset({"absent", "not_installed"})
 _BATCHES_MAX = 8
 """Setups of one content whose proofs are kept: more than a model is moved between."""
 
+_MEASURED_MAX = 16
+"""Of one content's measurements that are kept, so that a later life can explain the choice."""
+
+_RULE = 2
+"""Counts up when a model may be moved by other rules than before: what was allowed by those is forgotten."""
+
+_FIGURES = tuple(f"{s}_{f}" for s in ("reference", "candidate") for f in ("p50_us", "p99_us", "rows_s"))
+
 _MAY_BE_THE_DEVICE = ("DEVICE_FAILED", "WORKER_CRASHED", "MODEL_LOAD_TIMEOUT")
 
 
@@ -160,17 +168,29 @@ class Placement:
     # ------------------------------------------------------------------ remembered choices
 
     def choice_key(self, instance: Instance) -> str:
-        """What a measured choice is remembered under."""
-        machine = self._around.machine
-        parts = (instance.staged.digest, instance.settings.precision, machine.name, str(machine.cpus))
-        return "|".join(parts)
+        """What a choice is remembered under: one content may be two models, by other words of their owner."""
+        machine, settings = self._around.machine, instance.settings
+        parts = [instance.staged.digest, settings.precision, machine.name, str(machine.cpus)]
+        return "|".join([*parts, *(["finite inputs"] if settings.finite_inputs else [])])
 
     def remember(self, instance: Instance, setup: Setup, source: str, *, guessed: bool = False) -> None:
-        """Keeps a choice, how it came about, and among what it was made; `guessed` when at sizes that nobody
-        had asked for."""
+        """Keeps a choice, how it came about, among what it was made, and what was measured for it; `guessed`
+        when at sizes that nobody had asked for."""
         compared = {str(c): version for c, version in self._working()}
-        changes = {**setup.to_wire(), "compared": compared, "source": source, "guessed": guessed}
+        measured = [{**s.to_wire(), "result": _kept(m)} for s, m in instance.measured.items()]
+        changes = {
+            **setup.to_wire(),
+            "compared": compared,
+            "source": source,
+            "guessed": guessed,
+            "proof": self._proof(),
+            "measured": measured[-_MEASURED_MAX:],
+        }
         self._keep(instance, changes)
+
+    def _proof(self) -> str:
+        """By what a move was allowed, or was not: the rule, and the tables of operators."""
+        return f"{_RULE} {self._around.machine.operators}"
 
     def keep_sizes(self, instance: Instance, now_s: float, *, last: bool = False) -> None:
         """Has the sizes of an instance's requests written, where they tell more than what is written."""
@@ -224,13 +244,19 @@ class Placement:
         instance.plan = (setup.candidate, *rest)
         instance.setup = setup
         instance.settled = True
+        instance.measured.update(_measured(choice, threads=self._around.machine.cpus))
         if choice.get("source") == "tuned":
             instance.choice = "tuned"
         elif not instance.pinned:
             instance.choice = "remembered"
 
     def _still_valid(self, choice: Mapping[str, Any]) -> Setup | None:
-        """A remembered choice, unless a device or another version has come that it was not compared with."""
+        """A remembered choice, unless a device or another version has come that it was not compared with.
+
+        Nor where what allowed it is another now; what the owner has tuned is the owner's own word.
+        """
+        if choice.get("source") != "tuned" and choice.get("proof") != self._proof():
+            return None
         compared = choice.get("compared")
         if not isinstance(compared, Mapping):
             return None
@@ -243,6 +269,36 @@ class Placement:
         return [
             (c, v.runtime_version) for c, v in self.verdicts.items() if v is not None and v.status == "ok"
         ]
+
+
+def _kept(result: Mapping[str, Any]) -> dict[str, Any]:
+    """What of a measurement is kept in the books."""
+    words = ("agrees", "proven", "why", "obstacles", "remedy", *_FIGURES)
+    return {word: result[word] for word in words if word in result}
+
+
+def _measured(choice: Mapping[str, Any], *, threads: int) -> dict[Setup, dict[str, Any]]:
+    """What an earlier life measured, as far as its book has the shape that this one writes."""
+    found: dict[Setup, dict[str, Any]] = {}
+    rows = choice.get("measured")
+    for row in rows[:_MEASURED_MAX] if isinstance(rows, list) else ():
+        setup = Setup.from_wire(row, threads=threads) if isinstance(row, Mapping) else None
+        result = row.get("result") if setup is not None else None
+        if setup is not None and isinstance(result, Mapping) and _is_result(result):
+            found[setup] = _kept(result)
+    return found
+
+
+def _is_result(result: Mapping[str, Any]) -> bool:
+    figures = [result.get(name) for name in _FIGURES]
+    obstacles = result.get("obstacles", [])
+    return (
+        all(figure is None or (type(figure) in (int, float) and figure > 0) for figure in figures)
+        and isinstance(obstacles, list)
+        and all(
+            isinstance(text, str) for text in (*obstacles, result.get("why", ""), result.get("remedy", ""))
+        )
+    )
 
 
 def _is_lasting(verdict: Verdict) -> bool:

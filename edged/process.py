@@ -45,6 +45,9 @@ LOADED_BYTES_MAX = 4 << 20
 """Of the answer to a load that comes in parts: twice what a worker allows itself for metadata and tensors,
 since of the metadata it counts the characters alone."""
 
+OBSTACLES_MAX = 64
+"""Reasons against a move that a measurer may tell: it names far fewer."""
+
 BATCH_TIMES_MAX = 64
 """Sizes of a batch that a worker may have tried; it tries seven and its owner's own."""
 
@@ -770,7 +773,13 @@ def _is_measurement(result: Any) -> bool:
         and type(result.get("why", "")) is str
         and all(type(result.get(word)) is bool for word in ("agrees", "proven"))
         and (result.get("size") is None or is_size(result["size"]))
+        and type(result.get("remedy", "")) is str
+        and _is_list_of_texts(result.get("obstacles", []))
     )
+
+
+def _is_list_of_texts(value: Any) -> bool:
+    return type(value) is list and len(value) <= OBSTACLES_MAX and all(type(text) is str for text in value)
 
 
 def _check_word(packet: list[Any]) -> None:

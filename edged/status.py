@@ -306,6 +306,8 @@ def _instance_row(core: Core, track: Track, instance: Instance) -> dict[str, Any
                 "proven": bool(m.get("proven")),
                 "size": m.get("size"),
                 "why": str(m.get("why", "")),
+                "obstacles": list(m.get("obstacles") or ()),
+                "remedy": str(m.get("remedy", "")),
             }
             for s, m in instance.measured.items()
         ],

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from edged.config import ModelSettings
+from edged.config import OPERATORS_DIR, ModelSettings
 from edged.devices import Candidate
 from edged.events import CancelLoad, EndWorker, KillWorker, LoadInstance, Log, StartWorker, UnloadInstance
 from edged.instances import SLOTS_AT_START, Instance, InstanceState, Surroundings, Worker
@@ -128,6 +128,7 @@ class Workers:
             **self._what(instance),
             "reference": reference,
             "candidate": candidate,
+            "operators_dir": str(self._around.config.server.state_dir / OPERATORS_DIR),
             "budget_s": budget_s,
             "nice": nice,
             **sizes,

@@ -44,7 +44,8 @@ class Function:
         self, feeds: Mapping[str, Any], output_names: Sequence[str], run: int = 0, *, borrowed: bool = False
     ) -> list[Any]:
         time.sleep(self._seconds)
-        return [self._function(feeds["x"])]
+        with np.errstate(all="ignore"):  # the edges are there to overflow
+            return [self._function(feeds["x"])]
 
     def cancel(self, run: int = 0) -> None:
         return
@@ -56,12 +57,14 @@ class Function:
         return
 
 
-def compare(reference: Callable[..., Any], candidate: Callable[..., Any], **settings: Any) -> dict[str, Any]:
+def compare(
+    reference: Callable[..., Any], candidate: Callable[..., Any], *, precision: str = "f32", **settings: Any
+) -> dict[str, Any]:
     """Measures two functions against each other."""
     models = {"r": Function(reference), "c": Function(candidate)}
     return measure(
         lambda part: models[part["m"]],
-        {"budget_s": 0, "reference": {"m": "r"}, "candidate": {"m": "c"}, **settings},
+        {"budget_s": 0, "reference": {"m": "r"}, "candidate": {"m": "c", "precision": precision}, **settings},
     )
 
 
@@ -123,10 +126,66 @@ def test_agreement_that_is_proven() -> None:
 
 
 def test_other_answer_is_no_agreement() -> None:
-    """A candidate that answers otherwise is not timed."""
+    """A candidate that answers otherwise is timed all the same: its owner sees what it would bring."""
     result = compare(lambda x: x * 2, lambda x: x * 2.1)
-    assert (result["agrees"], result["proven"], result["candidate_p50_us"]) == (False, False, None)
+    assert (result["agrees"], result["proven"]) == (False, False)
     assert "output 'y'" in result["why"]
+    assert result["obstacles"] == [result["why"]]
+    assert result["candidate_p50_us"] > 0
+
+
+@pytest.mark.parametrize(
+    ("candidate", "words"),
+    [
+        (lambda x: np.where(np.isnan(x), 0, x), "NaN in input 'x', output 'y': NaN in other places"),
+        (lambda x: np.clip(x, -3e38, 3e38), "Inf in input 'x', output 'y'"),
+        (lambda x: np.where(np.abs(x) < 1e-38, 1, x), "zeros in input 'x'"),
+        (lambda x: np.minimum(x, 2**24), "Inf in input 'x'"),
+    ],
+    ids=["nan", "inf", "zero", "large"],
+)
+def test_what_differs_at_the_edges_only_is_found(candidate: Callable[[Any], Any], words: str) -> None:
+    """Ones and normal numbers say nothing about it."""
+    result = compare(lambda x: x, lambda x: candidate(x).astype("f4"))
+    assert not result["agrees"]
+    assert words in result["why"]
+
+
+def test_what_never_comes_is_not_asked_for() -> None:
+    """By the owner's word; where the reference's own answer is no number, nothing is compared."""
+
+    def loses_nan(x: Any) -> Any:
+        return np.where(np.isfinite(x), x, 0).astype("f4")
+
+    assert not compare(lambda x: x * 2, lambda x: loses_nan(x * 2))["agrees"]
+    result = compare(lambda x: x * 2, lambda x: loses_nan(x * 2), finite_inputs=True)
+    assert (result["agrees"], result["proven"]) == (True, True)
+    assert not compare(lambda x: x, lambda x: np.minimum(x, F(2**24)), finite_inputs=True)["agrees"]
+
+
+def test_what_16_bits_do_not_hold_is_not_asked_of_who_chose_speed() -> None:
+    """Of floats; NaN is, and so are integers."""
+
+    def rounds(x: Any) -> Any:
+        return np.minimum(x, F(2**24))
+
+    assert not compare(lambda x: x, rounds, finite_inputs=True)["agrees"]
+    assert compare(lambda x: x, rounds, finite_inputs=True, precision="fast")["agrees"]
+    assert not compare(lambda x: x, lambda x: np.where(np.isnan(x), F(0), x), precision="fast")["agrees"]
+
+
+def test_what_the_reference_refuses_the_candidate_must_refuse() -> None:
+    """An error that becomes a made-up number is the worst of all answers."""
+
+    def refuses_large(x: Any) -> Any:
+        if np.nanmax(np.abs(x)) > 1e9:
+            raises(x)
+        return x
+
+    result = compare(refuses_large, lambda x: x)
+    assert not result["agrees"]
+    assert "the candidate answers what the reference refuses" in result["why"]
+    assert compare(refuses_large, refuses_large)["agrees"]
 
 
 def test_constant_answer_proves_nothing() -> None:

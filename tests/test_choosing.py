@@ -7,7 +7,15 @@ from typing import Any
 import pytest
 
 from edged.choosing import ASKED_S, IDLE_FIRST_S, LIMIT_S, NICE, REQUESTS_MIN
-from edged.events import LoadInstance, Publish, RememberChoice, Sampled, ShutdownAsked, StopMeasure
+from edged.events import (
+    LoadInstance,
+    PrepareLoad,
+    Publish,
+    RememberChoice,
+    Sampled,
+    ShutdownAsked,
+    StopMeasure,
+)
 from edged.instances import InstanceState
 from edged.messages import InputTensor
 from edged.setups import Setup
@@ -211,6 +219,98 @@ def test_a_pinned_device_keeps_its_instances_open() -> None:
     assert (loaded(world), world.serving().choice) == ((4, 1), "pinned")
 
 
+BLOCKED = {
+    **FASTER,
+    "agrees": False,
+    "proven": False,
+    "why": "Relu answers NaN differently; say so",
+    "obstacles": ["Relu answers NaN differently"],
+    "remedy": "say so",
+}
+"""A gain that may not be taken."""
+
+
+def test_what_keeps_a_model_where_it_is_is_shown_and_outlives_a_restart() -> None:
+    """The reason, what would change it, and the figures: beside the remembered choice."""
+    world = idle_world()
+    world.measured(**BLOCKED)
+    (choice,) = choices(world)
+    again = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+    again.choices["m-1"] = choice
+    again.put("m")
+    again.settle()
+    again.pass_time(100.0)
+    assert not again.measures
+    for each in (world, again):
+        (row,) = [r for r in each.request("server_status")["models"] if r["serving"]]
+        (measured,) = row["measured"]
+        assert (row["runtime"], measured["runtime"]) == ("onnxruntime", "openvino")
+        assert (measured["p50_us"], measured["reference_p50_us"]) == (500.0, 1000.0)
+        assert (measured["agrees"], measured["proven"]) == (False, False)
+        assert (measured["why"], measured["obstacles"]) == (BLOCKED["why"], BLOCKED["obstacles"])
+        assert measured["remedy"] == "say so"
+
+
+@pytest.mark.parametrize(
+    "strange",
+    [
+        3,
+        ["x"],
+        [{"runtime": "openvino", "device": "CPU"}],
+        [{"runtime": "openvino", "device": "CPU", "result": {"candidate_p50_us": "fast"}}],
+        [{"runtime": "openvino", "device": "CPU", "result": {"obstacles": [3]}}],
+        [{"runtime": 1, "device": "CPU", "result": {}}],
+        [{"runtime": "openvino", "device": "CPU", "result": {}}] * 100,
+    ],
+    ids=lambda value: str(value)[:40],
+)
+def test_a_strange_record_of_what_was_measured_is_passed_over(strange: Any) -> None:
+    """The book may be another version's, or damaged: the choice itself holds."""
+    world = idle_world()
+    world.measured(**BLOCKED)
+    (choice,) = choices(world)
+    again = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+    again.choices["m-1"] = {**choice, "measured": strange}
+    again.put("m")
+    again.settle()
+    assert again.serving().choice == "remembered"
+    assert len(again.serving().measured) <= 1
+
+
+def test_the_owners_word_on_nan_is_part_of_what_a_choice_is_known_by() -> None:
+    """Given or taken back, also where two models have the same bytes: each has a choice of its own."""
+    keys = []
+    for settings in ({}, {"finite_inputs": True}):
+        world = idle_world(**settings)
+        (measure,) = world.measures.values()
+        assert measure.spec["finite_inputs"] == bool(settings)
+        world.measured(**FASTER)
+        (asked,) = {e.choice_key for e in world.effects if isinstance(e, PrepareLoad)}
+        (kept,) = {e.key for e in world.effects if isinstance(e, RememberChoice)}
+        assert asked == kept
+        keys.append(kept)
+    assert keys[0] != keys[1]
+
+
+def test_a_choice_by_older_rules_or_other_tables_is_made_again() -> None:
+    """What they allowed may be wrong; what the owner has tuned stays the owner's word."""
+    world = idle_world()
+    world.measured(**FASTER)
+    (choice,) = choices(world)
+    older = {key: value for key, value in choice.items() if key != "proof"}
+    for record, candidate in (
+        (choice, OV_CPU),
+        (older, CPU),
+        ({**choice, "proof": "2 another"}, CPU),
+        ({**older, "source": "tuned"}, OV_CPU),
+    ):
+        again = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+        again.choices["m-1"] = record
+        again.put("m")
+        again.settle()
+        assert again.serving().candidate == candidate
+
+
 def test_what_was_remembered_is_how_it_starts() -> None:
     """Instances and threads too; settings that pin one of them have the last word."""
     compared = {str(CPU): "1.0", str(OV_CPU): "1.0"}
@@ -235,7 +335,8 @@ def test_what_was_remembered_is_how_it_starts() -> None:
 def test_a_remembered_batch_that_cannot_be_any_more_keeps_nobody_from_serving() -> None:
     """It was chosen, not asked for: the model is loaded without."""
     world = World(verdicts={CPU: "ok"})
-    world.choices["m-1"] = Setup(CPU, 4, 1, 8).to_wire() | {"compared": {str(CPU): "1.0"}}
+    compared = {str(CPU): "1.0"}
+    world.choices["m-1"] = Setup(CPU, 4, 1, 8).to_wire() | {"compared": compared, "source": "tuned"}
     world.load_faults["m-1"] = "NOT_BATCHABLE"
     world.hold_loads = True
     world.put("m")
@@ -601,6 +702,32 @@ def test_a_tune_whose_best_does_not_load_says_so_and_the_model_serves_on() -> No
     assert (report["state"], report["reason"]) == ("failed", "SWITCH_FAILED")
     assert world.serving() is before
     assert remembered(world)[-1] == "onnxruntime"
+
+
+def test_a_tune_takes_what_is_not_proven_only_by_a_word_of_its_own() -> None:
+    """Every disagreement is in the report, and the best is the best of what is proven."""
+    for accepted, runs_on in ((False, CPU), (True, OV_CPU)):
+        world = serving_world()
+        number = ask(world)["id"]
+        while world.measures:
+            other = answers_on(world) != "onnxruntime"
+            world.measured(**(BLOCKED if other else {**FASTER, "candidate_p50_us": 1000.0}))
+        report = ask(world, "status", tune=number)
+        assert report["best"]["runtime"] == "onnxruntime"
+        assert report["best_unproven"]["runtime"] == "openvino"
+        (row,) = [r for r in report["rows"] if r["runtime"] == "openvino"]
+        assert (row["obstacles"], row["remedy"]) == (BLOCKED["obstacles"], "say so")
+        ask(world, "apply", tune=number, unproven=accepted)
+        world.settle()
+        report = ask(world, "status", tune=number)
+        assert (report["state"], world.serving().candidate) == ("applied", runs_on)
+        assert report["best"]["runtime"] == runs_on.runtime
+
+
+def answers_on(world: World) -> str:
+    """The runtime that is being measured."""
+    (measure,) = world.measures.values()
+    return str(measure.spec["candidate"]["runtime"])
 
 
 def test_a_tune_is_refused_with_a_reason() -> None:

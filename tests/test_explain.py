@@ -145,7 +145,7 @@ def test_a_model_that_serves_is_explained_and_nothing_is_to_be_typed() -> None:
             },
             [
                 "measured: openvino on CPU: 400 µs against 800 µs, at x [1,1], with free dimensions of 1, "
-                "which decides nothing (p50); its answers agree (nothing is decided at free dimensions of 1)"
+                "which decides nothing (p50), 2.0 × as fast, but it may not serve: nothing is decided at free"
             ],
         ),
         (
@@ -187,7 +187,44 @@ def test_a_model_that_serves_is_explained_and_nothing_is_to_be_typed() -> None:
                     }
                 ]
             },
-            ["its answers do not agree (output y differs)"],
+            ["400 µs against 800 µs (p50), 2.0 × as fast, but it may not serve: output y differs"],
+        ),
+        (
+            {
+                "choice": "remembered",
+                "measured": [
+                    {
+                        "runtime": "openvino",
+                        "device": "CPU",
+                        "p50_us": 1200.0,
+                        "reference_p50_us": 4900.0,
+                        "agrees": False,
+                        "proven": False,
+                        "why": "Relu answers NaN differently; finite_inputs = true would allow it",
+                    }
+                ],
+            },
+            [
+                "1.20 ms against 4.90 ms (p50), 4.1 × as fast, but it may not serve: "
+                "Relu answers NaN differently; finite_inputs = true would allow it"
+            ],
+        ),
+        (
+            {
+                "choice": "measured",
+                "measured": [
+                    {
+                        "runtime": "openvino",
+                        "device": "CPU",
+                        "p50_us": 100.0,
+                        "reference_p50_us": 800.0,
+                        "agrees": True,
+                        "proven": False,
+                        "why": "the reference answers the same to every input, which proves nothing",
+                    }
+                ],
+            },
+            ["8.0 × as fast, but it may not serve: the reference answers the same to every input"],
         ),
         (
             {"measured": [{"runtime": "openvino", "device": "CPU", "agrees": False, "why": "took too long"}]},
@@ -316,3 +353,16 @@ def test_a_name_for_the_shell_is_quoted() -> None:
     status = {"models": [{**refusal("NAME_INVALID"), "name": "a b; rm"}], "models_dir": "/my models"}
     found = explain(status, "a b; rm", now_s=NOW_S)
     assert found.commands == ("ls -l '/my models'",)
+
+
+def test_a_table_that_is_missing_is_made_by_a_command() -> None:
+    """It is what to type next, with the two that it is for."""
+    remedy = "`edgectl operators --candidate openvino:GPU.0` makes one on this device"
+    measured = {
+        "runtime": "openvino",
+        "device": "GPU.0",
+        "agrees": False,
+        "why": "no table",
+        "remedy": remedy,
+    }
+    assert told(row(measured=[measured])).commands == ("edgectl operators --candidate openvino:GPU.0",)

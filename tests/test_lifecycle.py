@@ -42,6 +42,10 @@ from tests.world import CPU, CUDA, GPU, MIB, OV_CPU, World, config, sample
 S = InstanceState
 
 
+PROOF = "2 "
+"""By what a choice was allowed, where there are no tables."""
+
+
 def reason_of(world: World, name: str = "m", version: str = "") -> str | None:
     """Why a model cannot be asked."""
     with pytest.raises((Unavailable, NotFound)) as caught:
@@ -326,14 +330,29 @@ def test_a_remembered_choice_goes_first() -> None:
     """What was measured before is where it starts."""
     world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
     compared = {str(CPU): "1.0", str(OV_CPU): "1.0"}
-    world.choices["m-1"] = {"runtime": "openvino", "device": "CPU", "compared": compared}
+    choice = {"runtime": "openvino", "device": "CPU", "compared": compared, "proof": PROOF}
+    world.choices["m-1"] = choice
     world.put("m")
     world.settle()
     assert world.loads() == [OV_CPU]
     assert world.serving().choice == "remembered"
+
+
+def test_a_new_content_does_not_start_where_only_the_old_one_was_proven() -> None:
+    """That one answered alike on another runtime; whether this one does is found out first."""
+    world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
+    compared = {str(CPU): "1.0", str(OV_CPU): "1.0"}
+    choice = {"runtime": "openvino", "device": "CPU", "compared": compared, "proof": PROOF}
+    world.choices["m-1"] = choice
+    world.put("m")
+    world.settle()
     world.put("m", "2")
     world.settle()
-    assert (world.serving().candidate, world.serving().choice) == (OV_CPU, "inherited")
+    assert world.loads() == [OV_CPU, CPU]
+    assert (world.serving().candidate, world.serving().choice) == (CPU, "default")
+    world.put("m", "3")
+    world.settle()
+    assert (world.serving().candidate, world.serving().choice) == (CPU, "inherited")
 
 
 def test_loads_take_turns() -> None:
@@ -859,7 +878,8 @@ def test_a_choice_made_among_other_devices_or_versions_is_forgotten() -> None:
     """A device that came, or a new version of a runtime, deserves to be measured."""
     for compared in ({str(OV_CPU): "1.0"}, {str(CPU): "0.9", str(OV_CPU): "1.0"}, None):
         world = World(verdicts={CPU: "ok", OV_CPU: "ok"})
-        world.choices["m-1"] = {"runtime": "openvino", "device": "CPU", "compared": compared}
+        choice = {"runtime": "openvino", "device": "CPU", "compared": compared, "proof": PROOF}
+        world.choices["m-1"] = choice
         world.put("m")
         world.settle()
         assert (world.serving().candidate, world.serving().choice) == (CPU, "default")

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from edged.cli.export import ExportError, edited, export, settings_for
 from edged.cli.session import Failure, Session
-from edged.cli.tune import _settings_file, budget, plot, setup_text
+from edged.cli.tables import clean
+from edged.cli.tune import _accepted, _against, _settings_file, budget, plot, setup_text
 from edged.config import parse_model_settings
 
 SETUP = {"runtime": "openvino", "device": "CPU", "threads": 2, "instances": 4, "max_batch_size": 8}
@@ -236,3 +237,48 @@ def test_a_bundle_whose_sums_name_its_settings_is_not_written_to(tmp_path: Path)
     (tmp_path / "m" / "SHA256SUMS").write_text(f"{'0' * 64}  model.onnx\n{'0' * 64}  model.toml\n")
     with pytest.raises(Failure, match="export it where it is made"):
         exported_to(tmp_path)
+
+
+def unproven_report(**changes: Any) -> dict[str, Any]:
+    """A report in which another runtime would be the best if its answers were taken for good."""
+    current = {**SETUP, "runtime": "onnxruntime", "current": True, "agrees": True, "proven": True, "why": ""}
+    other = {
+        **SETUP,
+        "current": False,
+        "agrees": False,
+        "proven": False,
+        "why": "Relu differs; and more",
+        "obstacles": ["Relu differs", "Mul of INT64 differs\x1b[2J"],
+        "remedy": "say so",
+    }
+    return {"name": "m", "rows": [current, other, other], "best_unproven": SETUP, **changes}
+
+
+def test_every_disagreement_is_shown_once_for_each_device() -> None:
+    """With what would allow it; of a row without any the reason; of what is proven nothing."""
+    hostile = clean("Mul of INT64 differs\x1b[2J")
+    assert "\x1b" not in hostile
+    assert _against(unproven_report()) == (
+        f"not proven: openvino on CPU\n  - Relu differs\n  - {hostile}\n  - say so"
+    )
+    row = {**SETUP, "current": False, "agrees": True, "proven": False, "why": "a constant", "obstacles": []}
+    assert _against(unproven_report(rows=[row])) == "not proven: openvino on CPU\n  - a constant"
+    assert _against(unproven_report(rows=[{**row, "proven": True}])) == ""
+
+
+@pytest.mark.parametrize(
+    ("yes", "accept", "unproven", "applied"),
+    [
+        (True, True, SETUP, True),
+        (True, False, SETUP, False),
+        (False, True, SETUP, False),
+        (True, True, None, False),
+    ],
+)
+def test_what_is_not_proven_takes_a_flag_of_its_own(
+    yes: bool, accept: bool, unproven: dict[str, Any] | None, applied: bool
+) -> None:
+    """Without a terminal `--yes` alone applies what is proven, and the flag alone nothing."""
+    session = Session(endpoint=None, as_json=True, timeout_s=1.0)
+    args = argparse.Namespace(yes=yes, accept_unproven=accept)
+    assert _accepted(session, unproven_report(best_unproven=unproven), args) == applied

@@ -22,6 +22,7 @@ from edged.process import Spawner, WorkerGone
 from edged.properties import METADATA_BYTES_MAX
 from edged.runner import LARGE_FORGOTTEN_RUNS, LARGE_REPLY_BYTES_MAX, Runner
 from edged.testing import write_fake_model
+from tests.operator_tables import table_of, write_into
 from tests.test_runtimes import long_model, save, value, zipmap_model
 from tests.worker_helpers import WAIT_S, Handle
 
@@ -409,6 +410,10 @@ def test_measure_compares_two_runtimes(spawner: Spawner, tmp_path: Path) -> None
             "candidate": {"runtime": "openvino", **part},
             "budget_s": 0.5,
             "tolerance": {},
+            "operators_dir": str(
+                write_into(tmp_path / "operators", table_of("MatMul-13(FP32,FP32=)")).parent
+            ),
+            "finite_inputs": True,
         }
         worker.ask("measure", settings)
         result = worker.control("measured")[1]

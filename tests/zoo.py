@@ -32,6 +32,7 @@ __all__ = [
     "cache_dir",
     "conv_net",
     "depth_to_space_overflow",
+    "elementwise",
     "ep_context",
     "external_data",
     "failing",
@@ -261,6 +262,43 @@ def identity(datatype: str = "FP32", shape: Shape = ("N",)) -> onnx.ModelProto:
         [helper.make_node("Identity", ["x"], ["y"])],
         [_value("x", datatype, shape)],
         [_value("y", datatype, shape)],
+    )
+
+
+def elementwise(
+    *extra: onnx.NodeProto,
+    rounds: int = 40,
+    side: int = 256,
+    inputs: Sequence[tuple[str, str, Shape]] = (),
+    outputs: Sequence[tuple[str, str, Shape]] = (),
+    constants: Mapping[str, NDArray[Any]] | None = None,
+    overridable: Sequence[str] = (),
+) -> onnx.ModelProto:
+    """`x` FP32 [1,3,side,side] → `score` FP32 [1] by many operators on single elements, beside them `extra`.
+
+    One runtime runs each of them over the whole picture, another all of them on one element after the other:
+    it takes a fraction of the time. What is in `overridable` are constants that a request may replace.
+    """
+    nodes: list[onnx.NodeProto] = []
+    last = "x"
+    for n in range(rounds):
+        nodes.append(helper.make_node("Mul", [last, "factor"], [f"m{n}"]))
+        nodes.append(helper.make_node("Add", [f"m{n}", "summand"], [f"a{n}"]))
+        nodes.append(helper.make_node("Relu", [f"a{n}"], [f"r{n}"]))
+        last = f"r{n}"
+    nodes.append(helper.make_node("ReduceMean", [last, "axes"], ["score"], keepdims=0))
+    given = {
+        "factor": np.float32(0.9),
+        "summand": np.float32(0.05),
+        "axes": np.array([1, 2, 3]),
+        **(constants or {}),
+    }
+    more = [_value(n, "FP32", list(np.shape(given[n]))) for n in overridable]
+    return _model(
+        [*nodes, *extra],
+        [_value("x", "FP32", [1, 3, side, side]), *(_value(*each) for each in inputs), *more],
+        [_value("score", "FP32", [1]), *(_value(*each) for each in outputs)],
+        {name: np.asarray(value) for name, value in given.items()},
     )
 
 

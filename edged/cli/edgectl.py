@@ -70,9 +70,17 @@ grey one of 28 × 28. Pixels become 0 to 1 for floats, 0 to 255 for integers; --
 
 _TUNE_HELP = """\
 Measures runtime × device × threads × instances × batch beside the one that serves, as far as the model's
-settings leave them open, and only what gives the same answers. Requests go on; they come first. The best is
+settings leave them open. Requests go on; they come first. The best of what is shown to answer the same is
 remembered for this content on this machine, and the model is reloaded with it beside the old one: no request
-is lost. Before that nothing changes, and Ctrl-C ends it. Without a terminal, --yes applies it.
+is lost. Before that nothing changes, and Ctrl-C ends it. Without a terminal, --yes applies it. What speaks
+against another runtime is listed; to run the model there all the same takes a yes of its own.
+"""
+
+_OPERATORS_HELP = """\
+By itself the daemon moves a model to another runtime only if each operator on its way is in a table of
+those on which the two were shown to agree. The table that comes with edged holds for the versions and the
+instruction set that it was made on; this makes one here. It takes some 10 minutes of a processor, and asks
+nothing of the daemon.
 """
 
 
@@ -102,6 +110,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_infer(commands)
     _add_bench(commands)
     _add_tune(commands)
+    _add_operators(commands)
     _add_bad_day(commands)
     sub = _command(commands, "completion", "print the completion script for a shell", common=False)
     sub.add_argument("shell", choices=completion.SHELLS, help="the shell")
@@ -323,10 +332,51 @@ def _add_tune(commands: argparse._SubParsersAction[Any]) -> None:
     sub.add_argument(
         "--budget", metavar="TIME", type=_budget, default=60.0, help="how long to measure (default 60s)"
     )
-    sub.add_argument("--yes", action="store_true", help="apply the best without a question")
+    sub.add_argument("--yes", action="store_true", help="apply the best that is proven without a question")
+    sub.add_argument(
+        "--accept-unproven",
+        action="store_true",
+        help="with --yes: apply the best even if its answers are not shown to be the same",
+    )
     sub.add_argument(
         "--export", action="store_true", help="then write it into the model's settings file, for its twins"
     )
+
+
+def _add_operators(commands: argparse._SubParsersAction[Any]) -> None:
+    sub = _command(
+        commands,
+        "operators",
+        "find out on which operators two runtimes agree on this device, as root or the daemon's user",
+        epilog=_OPERATORS_HELP,
+    )
+    sub.add_argument(
+        "--reference",
+        metavar="RUNTIME:DEVICE",
+        type=_side,
+        default=("onnxruntime", "CPU"),
+        help="what models run on (default onnxruntime:CPU)",
+    )
+    sub.add_argument(
+        "--candidate",
+        metavar="RUNTIME:DEVICE",
+        type=_side,
+        default=("openvino", "CPU"),
+        help="where they might be moved (default openvino:CPU)",
+    )
+    sub.add_argument(
+        "--only",
+        metavar="OP",
+        action="append",
+        help="only this operator, or this signature as `edgectl explain` shows it; repeatable",
+    )
+    sub.add_argument("--state-dir", metavar="DIR", type=Path, help="the daemon's (default: it is asked)")
+
+
+def _side(text: str) -> tuple[str, str]:
+    from edged.cli.operators import side
+
+    return side(text)
 
 
 def _budget(text: str) -> float:
@@ -351,7 +401,7 @@ def _count(text: str) -> int:
 
 def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
     """The commands' code, imported when one of them runs: `--help` and completion need no numpy."""
-    from edged.cli import bench, bundle, commands, doctor, explain, logs, top, tune, updates
+    from edged.cli import bench, bundle, commands, doctor, explain, logs, operators, top, tune, updates
 
     return {
         "put": updates.put,
@@ -366,6 +416,7 @@ def _handlers() -> dict[str, Callable[[Session, argparse.Namespace], int]]:
         "infer": commands.infer,
         "bench": bench.bench,
         "tune": tune.tune,
+        "operators": operators.operators,
         "doctor": doctor.doctor,
         "logs": logs.logs,
         "top": top.top,

@@ -8,6 +8,7 @@ that made it.
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import textwrap
 import time
@@ -28,7 +29,7 @@ _Row = Mapping[str, Any]
 
 _CHOICES = {
     "pinned": "its settings say so{pins}",
-    "measured": "it was measured against the others; none whose answers agree saves another tenth and 50 µs",
+    "measured": "it was measured against the others; none shown to agree saves another tenth and 50 µs",
     "tuned": "its owner had it measured with `edgectl tune`, and it was the best",
     "remembered": "that was measured before, for this very content on this machine, and remembered",
     "inherited": "its version before ran there; the others are measured when nobody asks",
@@ -218,14 +219,19 @@ def _measured(measured: _Row, row: _Row) -> str:
     figures = f"{micros_text(p50)} against {micros_text(reference)}"
     if measured.get("rows_s"):
         figures += f", {measured['rows_s']:.0f} rows/s"
-    verdict = "its answers agree" if measured.get("agrees") else "its answers do not agree"
     if measured.get("size"):
         figures += f", at {size_text(measured['size'])}"
+    runs_so = all(measured.get(key) in (None, row.get(key)) for key in _SETUP)
+    # An older daemon does not say what was proven.
+    allowed = measured.get("agrees") and measured.get("proven", True)
+    if not allowed and not runs_so:
+        gain = f"{reference / p50:.1f} × as fast, but" if p50 < reference else "no faster, and"
+        return f"measured: {where}: {figures} (p50), {gain} it may not serve: {why}"
+    verdict = "its answers agree" if measured.get("agrees") else "its answers are not shown to agree"
     text = f"measured: {where}: {figures} (p50); {verdict}{f' ({why})' if why else ''}"
-    if all(measured.get(key) in (None, row.get(key)) for key in _SETUP):
+    if runs_so:
         return f"{text}; it runs so now"
-    decides = measured.get("agrees") and measured.get("proven", True)
-    if decides and p50 < reference and row.get("choice") == "measured":
+    if p50 < reference and row.get("choice") in ("measured", "remembered"):
         return f"{text}; the gain is too small to switch for"
     return text
 
@@ -327,6 +333,8 @@ def _commands(name: str, rows: Sequence[_Row], history: Sequence[_Row], status: 
         if row.get("serving") and row.get("state") == "READY":
             if row.get("fallback_reason"):
                 yield from ("edgectl devices", "edgectl doctor")
+            for measured in row.get("measured") or ():
+                yield from re.findall(r"`(edgectl operators[^`]*)`", str(measured.get("remedy") or ""))
             if row.get("restarts"):
                 yield f"edgectl logs {words['name']}"
         else:

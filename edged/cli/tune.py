@@ -77,9 +77,10 @@ def tune(session: Session, args: argparse.Namespace) -> int:
         text = _text(session, report)
         if not session.as_json:
             print(text, flush=True)
-        applied = args.yes or _agreed(session, report)
+        unproven = _accepted(session, report, args)
+        applied = unproven or args.yes or _agreed(session, report)
         if applied:
-            report = client.tune(args.model, "apply", tune=report["id"])
+            report = client.tune(args.model, "apply", tune=report["id"], unproven=unproven)
     except KeyboardInterrupt:
         with contextlib.suppress(EdgedError):
             client.tune(args.model, "cancel", tune=report.get("id"))
@@ -232,6 +233,36 @@ def _agreed(session: Session, report: Mapping[str, Any]) -> bool:
     return answer.strip().lower() in ("", "y", "yes")
 
 
+def _accepted(session: Session, report: Mapping[str, Any], args: argparse.Namespace) -> bool:
+    """Whether the owner takes a setup whose answers may differ: by a flag of its own, or asked separately."""
+    setup = report.get("best_unproven")
+    if not setup:
+        return False
+    if args.yes:
+        return bool(args.accept_unproven)
+    if session.as_json or not (sys.stdin.isatty() and session.out.width is not None):
+        return False
+    try:
+        answer = input(
+            f"run '{report['name']}' as {setup_text(setup)}, though its answers may differ? [y/N] "
+        )
+    except EOFError:
+        return False
+    return answer.strip().lower() in ("y", "yes")
+
+
+def _against(report: Mapping[str, Any]) -> str:
+    """What speaks against each setup that was measured, all of it, each setup's device once."""
+    parts: dict[str, list[str]] = {}
+    for row in report["rows"]:
+        if not row["current"] and not (row["agrees"] and row["proven"]):
+            told = [*(row.get("obstacles") or [row["why"]]), *([row["remedy"]] if row.get("remedy") else [])]
+            parts.setdefault(f"{row['runtime']} on {row['device']}", [clean(each) for each in told])
+    return "\n".join(
+        f"not proven: {where}" + "".join(f"\n  - {each}" for each in told) for where, told in parts.items()
+    )
+
+
 def _text(session: Session, report: Mapping[str, Any]) -> str:
     rows = sorted(report["rows"], key=lambda row: row["p50_us"] or math.inf)
     parts = [table(_ROWS, [_cells(row) for row in rows], session.out)] if rows else []
@@ -245,6 +276,14 @@ def _text(session: Session, report: Mapping[str, Any]) -> str:
     same = report["best"] == report["current"]
     reached = "it serves so already" if same else f"it serves as {setup_text(report['current'])}"
     parts.append(f"best for {report['aim']}: {setup_text(report['best'])}; {reached}")
+    against = _against(report)
+    if against:
+        parts.append(against)
+    if report.get("best_unproven"):
+        parts.append(
+            f"best if that is accepted: {setup_text(report['best_unproven'])}; "
+            "`--yes --accept-unproven` runs it so"
+        )
     if report["message"]:
         parts.append(str(report["message"]))
     return "\n\n".join(parts)

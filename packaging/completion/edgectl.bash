@@ -8,7 +8,7 @@ _edgectl() {
     for ((i = 1; i < COMP_CWORD; i++)); do
         word="${COMP_WORDS[i]}"
         case "$word" in
-            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|tune|doctor|explain|top|logs|support-bundle|completion) command="$word"; break ;;
+            put|wait|status|models|stats|devices|watch|load|unload|infer|bench|tune|operators|doctor|explain|top|logs|support-bundle|completion) command="$word"; break ;;
         esac
     done
     case "$command:$prev" in
@@ -17,11 +17,12 @@ _edgectl() {
         infer:--npz) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         bench:--onnx) mapfile -t COMPREPLY < <(compgen -f -- "$cur"); return ;;
         tune:--aim) mapfile -t COMPREPLY < <(compgen -W "latency throughput" -- "$cur"); return ;;
+        operators:--state-dir) mapfile -t COMPREPLY < <(compgen -d -- "$cur"); return ;;
         top:--sort) mapfile -t COMPREPLY < <(compgen -W "requests latency memory name" -- "$cur"); return ;;
-        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--budget|*:--unit|*:--interval|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
+        *:--endpoint|*:--timeout|*:--name|*:--sha256|*:--count|*:--topic|*:-i|*:--input|*:--image-scale|*:--model-version|*:-o|*:--output|*:--seconds|*:--clients|*:--rate|*:--shape|*:--budget|*:--reference|*:--candidate|*:--only|*:--unit|*:--interval|*:-n|*:--lines|*:--since) COMPREPLY=(); return ;;
     esac
     if [[ -z "$command" ]]; then
-        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench tune doctor explain top logs support-bundle completion -h --help --version --json --endpoint" -- "$cur")
+        mapfile -t COMPREPLY < <(compgen -W "put wait status models stats devices watch load unload infer bench tune operators doctor explain top logs support-bundle completion -h --help --version --json --endpoint" -- "$cur")
         return
     fi
     if [[ "$cur" == -* ]]; then
@@ -37,7 +38,8 @@ _edgectl() {
             unload) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
             infer) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version -o --output --npz" -- "$cur") ;;
             bench) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --model-version --seconds --clients --rate --shape --onnx --no-bare" -- "$cur") ;;
-            tune) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --shape --aim --budget --yes --export" -- "$cur") ;;
+            tune) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout -i --input --image-scale --shape --aim --budget --yes --accept-unproven --export" -- "$cur") ;;
+            operators) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --reference --candidate --only --state-dir" -- "$cur") ;;
             doctor) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --all --unit" -- "$cur") ;;
             explain) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout" -- "$cur") ;;
             top) mapfile -t COMPREPLY < <(compgen -W "-h --help --json --endpoint --timeout --once --interval --sort" -- "$cur") ;;
