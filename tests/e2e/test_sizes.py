@@ -77,7 +77,8 @@ def test_the_daemon_measures_by_itself_at_the_sizes_of_requests(
         row = daemon.wait_row("conv", lambda r: r["serving"] and r["measured"], "is measured")
         (found,) = row["measured"]
         assert of(found["size"]) == ("requests", ASKED)
-        assert found["p50_us"] and found["reference_p50_us"]
+        assert found["p50_us"]
+        assert found["reference_p50_us"]
         _, text, _ = Edgectl(daemon.endpoint, capsys)("explain", "conv")
         assert "at x [1,3,48,80], as most requests had it (p50)" in text
 
