@@ -20,7 +20,10 @@ from bench.report import Claim, Section, machine, table
 
 __all__ = ["NAMES", "document", "main"]
 
-NAMES = ("overhead", "peers", "models", "batching", "overload", "idle", "hashing", "loadgen", "cuda", "swaps")
+NAMES = (
+    *("overhead", "peers", "models", "batching", "overload", "idle"),
+    *("answers", "hashing", "loadgen", "cuda", "swaps"),
+)
 
 INTRODUCTION = """# Benchmarks
 

@@ -33,7 +33,7 @@ __all__ = ["Batch", "NotBatchable", "Rules", "explore", "run_us"]
 SIZES = (2, 4, 8, 16, 32, 64)
 """What is tried without being asked: 64 requests that wait at once are rare on a device."""
 
-BUDGET_S = 0.5
+BUDGET_S = 0.4
 """What trying may take at each load, unless the owner asks for a size of his own."""
 
 BETWEEN_S, BETWEEN_WANTED_S = 0.3, 5.0

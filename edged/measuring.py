@@ -57,6 +57,8 @@ SHORT = 20
 EDGE_INPUTS_MAX = 16
 """A model of more inputs is tried at the edges of all of them at once only: each takes a dozen runs."""
 
+ALIKE = "large and all alike"
+
 OBSTACLES_MAX, OBSTACLE_CHARS_MAX = 20, 400
 """Of what is told of a measurement: an owner reads the first, and the books keep them."""
 
@@ -257,9 +259,9 @@ class _Pair:
         found = {
             name: {
                 kind: array
-                for kind, array in edges(value)
+                for kind, array in (*edges(value), *_alike(value))
                 if not (self._finite_only and not is_finite([array]))
-                and not (self._bounds is FAST and array.dtype.kind == "f" and kind in MAGNITUDES)
+                and not (self._bounds is FAST and array.dtype.kind == "f" and kind in (*MAGNITUDES, ALIKE))
             }
             for name, value in feeds.items()
         }
@@ -270,6 +272,15 @@ class _Pair:
             for kind in dict.fromkeys(kind for each in found.values() for kind in each):
                 changed = {name: each[kind] for name, each in found.items() if kind in each}
                 yield f"{kind} in all inputs", {**feeds, **changed}
+
+
+def _alike(array: Any) -> Iterator[tuple[str, Any]]:
+    """Large numbers that are all the same: what is normalised then has nothing but rounding to divide by.
+
+    Of a model's inputs only: inside a network nothing looks like that, and no two runtimes agree on it.
+    """
+    if array.dtype in (np.float32, np.float64) and array.size:
+        yield ALIKE, np.full_like(array, 1e30)
 
 
 @dataclass

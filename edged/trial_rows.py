@@ -180,7 +180,7 @@ def _odd(seed: int, values: Sequence[float], step: int, last: bool, shape: tuple
     """Ordinary numbers, but for the first, or the last, and every so many on from there."""
     numbers = _numbers(seed, shape)
     flat = numbers.reshape(-1)
-    places = np.arange(0, flat.size, step or flat.size)
+    places = np.arange(0, flat.size, step or max(1, flat.size))
     flat[flat.size - 1 - places if last else places] = np.resize(values, places.size)
     return numbers
 

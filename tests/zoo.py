@@ -61,6 +61,7 @@ __all__ = [
     "string_concat",
     "top_k",
     "versioned",
+    "with_free_rows",
     "write",
     "zipmap",
 ]
@@ -676,6 +677,22 @@ def real(name: str, *, seed: int = 2026) -> Path:
     if not path.exists():
         write(path, _with_random_weights(_light_graph(name), seed))
     return path
+
+
+def with_free_rows(path: Path) -> onnx.ModelProto:
+    """A model of one picture as one of any number of them: its Reshapes name no number of rows any more."""
+    model = onnx.load(str(path))
+    graph = model.graph
+    for value in (*graph.input, *graph.output):
+        value.type.tensor_type.shape.dim[0].dim_param = "N"
+    shapes = {node.input[1] for node in graph.node if node.op_type == "Reshape"}
+    for tensor in graph.initializer:
+        if tensor.name in shapes:
+            sizes = numpy_helper.to_array(tensor).copy()
+            sizes[0] = 0  # as many as there are
+            tensor.CopyFrom(numpy_helper.from_array(sizes, tensor.name))
+    del graph.value_info[:]
+    return model
 
 
 def _light_graph(name: str) -> onnx.ModelProto:
