@@ -63,11 +63,11 @@ def measure(progress: Progress, effort: Effort) -> Section:
     ]
     against = ", ".join(f"{op} {count}" for op, count in batched["against"].most_common(12))
     text = f"""
-ONNX's node tests as models of rows: the first input alone has a free first dimension, or all that have as
-many rows do; {batched["models"]} models, of which ONNX Runtime runs {batched["run"]}. By the trial alone, which
-is how edged decided before it read graphs (with better inputs now), {batched["trial"]} would be batched; the
-graphs of {batched["reading"]} say that rows stand alone; both hold for **{batched["both"]}**. The most frequent
-reasons against, by operator: {against}.
+ONNX's node tests as models of rows: the first input alone has a free first dimension, or all that
+have as many rows do; {batched["models"]} models, of which ONNX Runtime runs {batched["run"]}.
+By the trial alone, which is how edged decided before it read graphs (with better inputs now),
+{batched["trial"]} would be batched; the graphs of {batched["reading"]} say that rows stand alone;
+both hold for **{batched["both"]}**. The most frequent reasons against, by operator: {against}.
 
 Of the same package's {moved["models"]} node models as they are, {moved["any"]} may move from ONNX Runtime to
 OpenVINO on this machine's table, and {moved["finite"]} where no input is NaN or infinite.
