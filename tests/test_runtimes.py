@@ -322,3 +322,14 @@ def test_messages_show_no_paths_and_no_addresses() -> None:
     text = clean_text("open file /home/me/models/a.onnx failed\nat 0x7ffee4c0 (/onnxruntime_src/x.cc:12)")
     assert text == "open file a.onnx failed at 0x… (x.cc:12)"
     assert len(clean_text("x" * 9999)) == 500
+
+
+def test_a_model_that_cannot_be_compiled_again_is_gone(tmp_path: Path) -> None:
+    """After a failed run OpenVINO compiles a model of free shapes again; without its file nobody waits for it."""
+    path = zoo.write(tmp_path / "m.onnx", zoo.fully_conv(multiple=8))
+    model = load("openvino", path)
+    path.unlink()
+    for size in (9, 16):
+        with pytest.raises(RunFailed, match="could not be compiled again") as failed:
+            model.run({"x": np.ones((1, 3, size, size), np.float32)}, ["y"])
+        assert failed.value.fatal

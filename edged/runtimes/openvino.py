@@ -42,7 +42,7 @@ from edged.runtimes.base import (
 )
 from edged.runtimes.compiled import BYTES_MAX, cache_folder, prune
 from edged.runtimes.onnx_graph import Graph, metadata, read_graph
-from edged.runtimes.openvino_graph import graph_of
+from edged.runtimes.openvino_graph import DATATYPES, graph_of
 from edged.tensors import TensorSpec
 
 silence_telemetry()
@@ -51,22 +51,6 @@ import openvino as ov  # noqa: E402 - it sends an event on import unless that wa
 from openvino.frontend import FrontEndManager  # noqa: E402 - comes with it
 
 __all__ = ["OpenVino", "create"]
-
-_DATATYPES = {
-    "boolean": "BOOL",
-    "i8": "INT8",
-    "i16": "INT16",
-    "i32": "INT32",
-    "i64": "INT64",
-    "u8": "UINT8",
-    "u16": "UINT16",
-    "u32": "UINT32",
-    "u64": "UINT64",
-    "f16": "FP16",
-    "f32": "FP32",
-    "f64": "FP64",
-    "bf16": "BF16",
-}
 
 _FORMATS = ("onnx", "openvino_ir")
 
@@ -101,6 +85,8 @@ class _OpenVinoModel:
         self._idle = _requests(compiled, instances)
         self._compile_again = compile_again if model.is_dynamic() else None
         self._renewing = threading.Lock()
+        self._gone: RunFailed | None = None
+        """Why there is no model any more: what asks from then on must not wait for a request to be free."""
         self._running: dict[int, Any] = {}
         """The requests of the runs that are going on: by them a run is cancelled."""
         self._cancelled: dict[int, None] = {}
@@ -131,6 +117,8 @@ class _OpenVinoModel:
                 _refuse_wide(name, feeds[name])
         with self._renewing:
             idle = self._idle
+            if self._gone is not None:
+                raise self._gone
         request = self._running[run] = idle.get()
         failed: RunFailed | None = None
         try:
@@ -163,7 +151,8 @@ class _OpenVinoModel:
                 self._idle = _requests(self._compiled, self.instances)
             except Exception as e:  # noqa: BLE001 - of whatever kind, this process serves the model no more
                 text = f"{failed.message} (and the model could not be compiled again: {clean_text(e)})"
-                return RunFailed(Code(failed.code), failed.reason, text, fatal=True)
+                self._gone = RunFailed(Code(failed.code), failed.reason, text, fatal=True)
+                return self._gone
         return failed
 
     def _run(
@@ -394,7 +383,7 @@ def _check_ports(model: Any) -> None:
     for kind, ports in (("input", model.inputs), ("output", model.outputs)):
         for port in ports:
             type_name = port.get_element_type().get_type_name()
-            if type_name not in _DATATYPES:
+            if type_name not in DATATYPES:
                 raise LoadFailed(
                     "MODEL_UNSUPPORTED",
                     f"{kind} '{_output_name(port, ())}' is of type {type_name}, not served with OpenVINO",
@@ -510,7 +499,7 @@ def _output_name(port: Any, inputs: Any) -> str:
 
 
 def _spec(port: Any, name: str, names: Mapping[str, tuple[str | None, ...]]) -> TensorSpec:
-    datatype = _DATATYPES[port.get_element_type().get_type_name()]
+    datatype = DATATYPES[port.get_element_type().get_type_name()]
     partial_shape = port.get_partial_shape()
     if partial_shape.rank.is_dynamic:
         return TensorSpec(name, datatype, None)

@@ -13,11 +13,11 @@ import numpy as np
 
 from edged.runtimes.onnx_graph import VALUES_MAX, Constant, Graph, Node, ValueInfo
 
-__all__ = ["DOMAIN", "graph_of"]
+__all__ = ["DATATYPES", "DOMAIN", "graph_of"]
 
 DOMAIN = "openvino"
 
-_DATATYPES = {
+DATATYPES = {
     "boolean": "BOOL",
     "i8": "INT8",
     "i16": "INT16",
@@ -92,7 +92,7 @@ def _attribute(value: Any) -> Any:
 
 
 def _constant(op: Any) -> Constant:
-    datatype = _DATATYPES.get(op.get_element_type().get_type_name(), "")
+    datatype = DATATYPES.get(op.get_element_type().get_type_name(), "")
     shape = tuple(int(size) for size in op.get_output_shape(0))
     values = None
     if datatype not in ("", "BF16") and int(np.prod(shape, dtype=np.int64)) <= VALUES_MAX:
@@ -102,7 +102,7 @@ def _constant(op: Any) -> Constant:
 
 def _declared(name: str, port: Any) -> ValueInfo:
     shape = port.get_partial_shape()
-    datatype = _DATATYPES.get(port.get_element_type().get_type_name(), "")
+    datatype = DATATYPES.get(port.get_element_type().get_type_name(), "")
     if shape.rank.is_dynamic:
         return ValueInfo(name, "tensor", datatype)
     return ValueInfo(

@@ -12,6 +12,7 @@ and notes that it did. Nothing here knows the daemon. Runs on Python 3.10 too.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import resource
@@ -239,23 +240,24 @@ def run_job(job: Job, reference: Runtime, candidate: Runtime, devices: tuple[str
     fed = {name: array for name, array in own.items() if origin[name] != CONSTANT}
     verdicts = _Verdicts()
     for fixed in job.fixed:
-        try:
-            asked = _load(reference, devices[0], _model(job, own, fixed=fixed))
-        except Exception:  # noqa: BLE001 - whatever it raises, it does not take this model
-            # Some are taken with fixed sizes and refused with free ones: then there is no more to ask.
-            return verdicts if len(job.fixed) > 1 and not fixed else None
-        try:
-            tried = _load(candidate, devices[1], _model(job, own, fixed=fixed))
-        except Exception:  # noqa: BLE001 - a model that is not taken is a verdict
-            verdicts.note(f"{candidate.name} does not load it", finite=True)
-            return verdicts
-        if len(tried.inputs) != len(fed):
-            verdicts.note(f"{candidate.name} has other inputs", finite=True)
-            return verdicts
-        for kind, feeds in _feeds(fed, [n for n in fed if origin[n] == DATA]):
-            _compare(asked, tried, kind, feeds, verdicts, (reference.name, candidate.name))
-        tried.close()
-        asked.close()
+        with _as_file(_model(job, own, fixed=fixed)) as path:
+            try:
+                asked = reference.load(LoadRequest(path=path, device=devices[0]), LoadCancel())
+            except Exception:  # noqa: BLE001 - whatever it raises, it does not take this model
+                # Some are taken with fixed sizes and refused with free ones: then there is no more to ask.
+                return verdicts if len(job.fixed) > 1 and not fixed else None
+            try:
+                tried = candidate.load(LoadRequest(path=path, device=devices[1]), LoadCancel())
+            except Exception:  # noqa: BLE001 - a model that is not taken is a verdict
+                verdicts.note(f"{candidate.name} does not load it", finite=True)
+                return verdicts
+            if len(tried.inputs) != len(fed):
+                verdicts.note(f"{candidate.name} has other inputs", finite=True)
+                return verdicts
+            for kind, feeds in _feeds(fed, [n for n in fed if origin[n] == DATA]):
+                _compare(asked, tried, kind, feeds, verdicts, (reference.name, candidate.name))
+            tried.close()
+            asked.close()
     return verdicts
 
 
@@ -282,11 +284,13 @@ def _model(job: Job, own: Mapping[str, Any], *, fixed: bool) -> bytes:
     )
 
 
-def _load(runtime: Runtime, device: str, model: bytes) -> Model:
+@contextlib.contextmanager
+def _as_file(model: bytes) -> Iterator[str]:
+    """Where the model lies as long as it is used: a runtime may read it again after a run has failed."""
     fd = os.memfd_create("edged-trial.onnx", os.MFD_CLOEXEC)
     try:
         os.write(fd, model)
-        return runtime.load(LoadRequest(path=f"/proc/self/fd/{fd}", device=device), LoadCancel())
+        yield f"/proc/self/fd/{fd}"
     finally:
         os.close(fd)
 
