@@ -325,7 +325,7 @@ def test_messages_show_no_paths_and_no_addresses() -> None:
 
 
 def test_a_model_that_cannot_be_compiled_again_is_gone(tmp_path: Path) -> None:
-    """After a failed run OpenVINO compiles a model of free shapes again; without its file nobody waits for it."""
+    """After a failed run a model of free shapes is compiled again; without its file nobody waits for it."""
     path = zoo.write(tmp_path / "m.onnx", zoo.fully_conv(multiple=8))
     model = load("openvino", path)
     path.unlink()
