@@ -138,9 +138,15 @@ class MetricsServer:
         connection.sendall(answer)
         connection.shutdown(socket.SHUT_WR)
 
+    def hang_up(self) -> None:
+        """Takes no connection from now on; waits for nothing."""
+        os.eventfd_write(self._end, 1)
+        with contextlib.suppress(OSError):  # it has been hung up before
+            self._listener.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         """Ends the thread; a client in the middle of its two seconds is waited for."""
-        os.eventfd_write(self._end, 1)
+        self.hang_up()
         self._thread.join(2 * CONNECTION_S)
         self._listener.close()
         if not self._thread.is_alive():
@@ -251,6 +257,7 @@ class Exporter:
     def _open_server(self, address: tuple[str, int] | None) -> None:
         if self._server is not None:
             # A client in the middle of its two seconds is waited for, and the loop must not be.
+            self._server.hang_up()
             self._aside(self._server.close)
             self._server = None
         if address is None:

@@ -188,7 +188,7 @@ def test_a_stop_while_a_model_loads_does_not_wait_for_it(tmp_path: Path) -> None
 def test_a_worker_does_not_mind_a_signal_to_the_whole_group(tmp_path: Path) -> None:
     """Ctrl-C reaches every process of a terminal: the workers finish their requests all the same."""
     with running_daemon(tmp_path, models=SLOW) as daemon, daemon.raw() as raw:
-        raw.send(slow_request(0, 8_000))
+        raw.send(slow_request(0, 400_000))
         daemon.wait_row("slow", lambda r: r.get("in_flight") == 1, "it runs")
         for process in [psutil.Process(daemon.pid), *descendants(daemon.pid)]:
             process.send_signal(signal.SIGINT)

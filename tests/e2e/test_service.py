@@ -7,10 +7,12 @@ import shutil
 import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
 
+from edged.journal import LATE_S
 from tests import zoo
 from tests.e2e.harness import Daemon, until
 
@@ -51,6 +53,7 @@ def test_a_journald_that_hangs_stops_nothing(tmp_path: Path) -> None:
     ):
         journald.bind(str(folder / "socket"))
         zoo.write(daemon.models / "m.onnx", zoo.versioned(1))
+        began_s = time.monotonic()
         daemon.start(in_namespace(folder))
         for number in range(2, 8):
             zoo.write(daemon.models / "m.onnx", zoo.versioned(number))
@@ -58,6 +61,7 @@ def test_a_journald_that_hangs_stops_nothing(tmp_path: Path) -> None:
         daemon.signal(signal.SIGHUP)
         daemon.heard("RELOADING")
         daemon.heard("READY")
+        until(lambda: time.monotonic() > began_s + 2 * LATE_S + 1, what="the first records are late")
         seen: list[dict[str, str]] = []
 
         def read_on() -> bool:
