@@ -149,7 +149,7 @@ def cast(at: At) -> Sequence[Value]:
     fits = wide or all(n is None or layout.may_be_computed(n) for n in x.numbers or ())
     if keeps_numbers(at.node) and fits:
         return [replace(x, ones=None)]
-    # A quotient of floats is not that of whole numbers, a narrow integer wraps round, and a boolean is 1 or 0.
+    # A quotient of floats is not that of whole numbers, a narrow integer wraps round, a boolean is 1 or 0.
     return [replace(x, numbers=None, ones=None)]
 
 
@@ -658,7 +658,7 @@ def _resize(at: At) -> Sequence[Value]:
 
 
 def _leaves(at: At) -> bool:
-    """Whether what is as long as before is what it was: not where a region is cut out, or places are moved."""
+    """Whether an axis that stays as long as it is stays what it is: not where a region is cut out of it."""
     how = at.attribute("coordinate_transformation_mode", "half_pixel")
     if how == "tf_half_pixel_for_nn":  # half a place on, and then down again
         down = at.attribute("nearest_mode", "round_prefer_floor") in ("round_prefer_floor", "floor")

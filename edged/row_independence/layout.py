@@ -317,11 +317,10 @@ def _concat(at: At) -> Sequence[Value]:
             raise Mixes("joins rows one after the other")
         return [laid.shaped(dims, laid.axis)]
     numbers: Numbers | None = None
-    if first.rank == 1 and all(p.numbers is not None for p in parts):
-        numbers = tuple(n for p in parts for n in p.numbers or ())
-        numbers = numbers if len(numbers) <= NUMBERS_MAX else None
     ones: tuple[bool, ...] | None = None
     if first.rank == 1 and length.known is not None and length.known <= NUMBERS_MAX:
+        if all(p.numbers is not None for p in parts):
+            numbers = tuple(n for p in parts for n in p.numbers or ())
         ones = tuple(n for p in parts for n in p.ones or (False,) * p.size(0).factor)
     return [Value(tuple(dims), numbers=numbers, ones=ones)]
 

@@ -35,8 +35,11 @@ field has a tenth of it."""
 NAMES_PER_STEP = 256
 """A subgraph sees the names around it: to hand on so many takes less than to follow a node."""
 
-RANK_MAX = 64
-"""Dimensions of a tensor; runtimes have bounds below."""
+INPUTS_PER_STEP = 4
+"""Of a node: what has thousands takes as long as many nodes."""
+
+RANK_MAX = 16
+"""Dimensions of a tensor; networks have up to eight."""
 
 LOOP_TRIES = 4
 """How often a loop's body is followed until what goes round in it has settled; two are the rule."""
@@ -162,7 +165,7 @@ class _Walk:
         for name, constant in graph.initializers.items():
             known[name] = constant_value(constant.shape, constant.values)
         for node in self._needed[id(graph)]:
-            self._steps += 1
+            self._steps += 1 + len(node.inputs) // INPUTS_PER_STEP
             if self._steps > STEPS_MAX:
                 raise Mixes("the graph takes too long to follow")
             try:
