@@ -682,6 +682,14 @@ TOGETHER: dict[str, tuple[onnx.ModelProto, str]] = {
         ),
         "Resize 'y' resizes the axis of the rows",
     ),
+    "between what are no pictures": (
+        model(
+            [node("Resize", "x _ scales", "y", mode="linear")],
+            {"x": (F, ["N", 2, 6])},
+            scales=np.array([1, 1, 2], np.float32),
+        ),
+        "Resize 'y' computes between rows",
+    ),
     "resized as its pictures are": (
         model(
             [

@@ -640,6 +640,10 @@ def _resize(at: At) -> Sequence[Value]:
     if x.dims is None:
         return [Value(None)]
     stretched = at.attribute("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if x.axis is not None and at.attribute("mode", "nearest") != "nearest" and (x.rank < 4 or x.axis > 1):
+        # Only of pictures does a runtime leave the first two axes out. Along others it adds the neighbour
+        # times zero, which is NaN where the neighbour is infinite or NaN.
+        raise Mixes("computes between rows")
     counted = list(range(x.rank)) if axes is None else [x.counted(n) for n in axes]
     dims = [d if n not in counted else at.names.fresh() for n, d in enumerate(x.dims)]
     if x.axis is not None and x.axis in counted:

@@ -84,7 +84,8 @@ Dimension = int | str | None
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor of the file. `values` is None where it is large, external or of a type that numpy lacks."""
+    """A tensor of the file. `values` is None where it is large, external or of a type that numpy lacks, or
+    booleans that are neither 0 nor 1."""
 
     datatype: str
     shape: tuple[int, ...]
@@ -478,7 +479,7 @@ class _Reader:
         if 9 in fields:
             a, b = self._spans(fields[9])[-1]
             if datatype == "BOOL" and not {*self._data[a:b]} <= {0, 1}:
-                raise ValueError("a boolean that is neither 0 nor 1")
+                return None  # whether it is true, and as which number, is the runtime's
             values = np.frombuffer(self._data[a:b], dtype)
         elif datatype == "FP32":
             values = np.array(self._floats(fields.get(4, ())), dtype)
@@ -491,7 +492,7 @@ class _Reader:
             number = {"INT64": 7, "UINT64": 11, "UINT32": 11}.get(datatype, 5)
             whole = self._ints(fields.get(number, ()))
             if datatype == "BOOL" and not {*whole} <= {0, 1}:
-                raise ValueError("a boolean that is neither 0 nor 1")
+                return None
             mask = (1 << 8 * dtype.itemsize) - 1
             raw = b"".join((each & mask).to_bytes(dtype.itemsize, "little") for each in whole)
             values = np.frombuffer(raw, dtype)
