@@ -167,20 +167,28 @@ def _unknown_input(instance: Instance, name: str) -> InvalidArgument:
     )
 
 
-def rows_and_key(inputs: list[TensorData], outputs: list[str] | None) -> tuple[int, ShapeKey | None]:
+def rows_and_key(
+    inputs: list[TensorData], outputs: list[str] | None, declared: Mapping[str, TensorSpec]
+) -> tuple[int, ShapeKey | None]:
     """A request's rows, and what it has in common with those that it may share a run with.
 
     The key is None where the inputs differ in their first dimension, or have none: it runs by itself. Rows of
-    nothing are none: a shape alone could claim any number of them.
+    nothing are none: a shape alone could claim any number of them. Nor do inputs share a run whose sizes
+    differ where the model has one name for them: that rows stand alone was read off the names.
     """
     shape = inputs[0].shape if inputs else None
     if not shape or 0 in shape:
         return 1, None
     rows = shape[0]
+    sizes: dict[str, int] = {}
     key: list[Any] = [None if outputs is None else tuple(outputs)]
     for tensor in inputs:
         shape = tensor.shape
         if not shape or shape[0] != rows or tensor.datatype not in ITEM_BYTES:
             return rows, None
         key.append((tensor.name, tensor.datatype, *shape[1:]))
+        spec = declared.get(tensor.name)
+        for name, size in zip(spec.dim_names[1:] if spec else (), shape[1:], strict=False):  # few have names
+            if name and sizes.setdefault(name, size) != size:
+                return rows, None
     return rows, tuple(key)

@@ -345,7 +345,7 @@ class Core:
             job.into = into
             job.regions = tuple({part.region for part in parts})
         if instance.batch_max > 1:
-            job.rows, job.shape_key = rows_and_key(inputs, outputs)
+            job.rows, job.shape_key = rows_and_key(inputs, outputs, instance.inputs)
             if into:
                 job.shape_key = None
         try:
@@ -364,7 +364,7 @@ class Core:
         if answer is None:
             instance.stats.sums["cache_miss"][0] += 1
             return False
-        rows = rows_and_key(inputs, None)[0] if instance.batch_max > 1 else 1
+        rows = rows_and_key(inputs, None, instance.inputs)[0] if instance.batch_max > 1 else 1
         parameters = {**answer.parameters, "batch_size": rows, "queue_us": 0, "compute_us": 0, "cache": "hit"}
         warnings = unknown_parameters(event.request)
         if warnings:

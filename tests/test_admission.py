@@ -30,7 +30,7 @@ def tensor(name: str, *shape: int, datatype: str = "FP32", part: RegionPart | No
 )
 def test_rows_are_the_first_dimension(inputs: list[TensorData], rows: int) -> None:
     """Where all inputs have it, they may share a run with those of the same other dimensions."""
-    found, key = rows_and_key(inputs, None)
+    found, key = rows_and_key(inputs, None, {})
     assert (found, key is not None) == (rows, True)
 
 
@@ -46,26 +46,38 @@ def test_rows_are_the_first_dimension(inputs: list[TensorData], rows: int) -> No
 )
 def test_rows_of_nothing_are_none(inputs: list[TensorData]) -> None:
     """A shape alone claims any number of rows, which would count for statistics, estimates and fairness."""
-    assert rows_and_key(inputs, None) == (1, None)
+    assert rows_and_key(inputs, None, {}) == (1, None)
 
 
 def test_what_may_share_a_run_has_the_same_key() -> None:
     """Names, order, datatypes, other dimensions and the wanted outputs, in their order, tell them apart."""
     kinds = [
-        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], None),
-        rows_and_key([tensor("y", 1, 2), tensor("x", 1, 2)], None),
-        rows_and_key([tensor("x", 1, 2)], None),
-        rows_and_key([tensor("x", 1, 2, datatype="INT32"), tensor("y", 1, 2)], None),
-        rows_and_key([tensor("x", 1, 3), tensor("y", 1, 2)], None),
-        rows_and_key([tensor("x", 1, 2, 1), tensor("y", 1, 2)], None),
-        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], []),
-        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], ["a", "b"]),
-        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], ["b", "a"]),
+        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], None, {}),
+        rows_and_key([tensor("y", 1, 2), tensor("x", 1, 2)], None, {}),
+        rows_and_key([tensor("x", 1, 2)], None, {}),
+        rows_and_key([tensor("x", 1, 2, datatype="INT32"), tensor("y", 1, 2)], None, {}),
+        rows_and_key([tensor("x", 1, 3), tensor("y", 1, 2)], None, {}),
+        rows_and_key([tensor("x", 1, 2, 1), tensor("y", 1, 2)], None, {}),
+        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], [], {}),
+        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], ["a", "b"], {}),
+        rows_and_key([tensor("x", 1, 2), tensor("y", 1, 2)], ["b", "a"], {}),
     ]
     assert len({key for _, key in kinds}) == len(kinds)
-    assert rows_and_key([tensor("x", 5, 2), tensor("y", 5, 2)], None)[1] == kinds[0][1]
-    assert rows_and_key([tensor("x", 1, 2), tensor("y", 2, 2)], None)[1] is None
-    assert rows_and_key([tensor("x", 1, datatype="BYTES")], None)[1] is None
+    assert rows_and_key([tensor("x", 5, 2), tensor("y", 5, 2)], None, {})[1] == kinds[0][1]
+    assert rows_and_key([tensor("x", 1, 2), tensor("y", 2, 2)], None, {})[1] is None
+    assert rows_and_key([tensor("x", 1, datatype="BYTES")], None, {})[1] is None
+
+
+def test_sizes_that_contradict_their_names_share_no_run() -> None:
+    """That rows stand alone was read off a graph in which one name is one size."""
+    declared = {
+        "x": TensorSpec("x", "FP32", (-1, -1, 4), dim_names=("N", "step", None)),
+        "y": TensorSpec("y", "FP32", (-1, -1, -1), dim_names=("M", "step", "wide")),
+    }
+    alike = [tensor("x", 1, 3, 4), tensor("y", 1, 3, 7)]
+    apart = [tensor("x", 1, 3, 4), tensor("y", 1, 6, 7)]
+    assert rows_and_key(alike, None, declared)[1] is not None
+    assert rows_and_key(apart, None, declared) == (1, None)
 
 
 def admitted(specs: list[TensorSpec], *tensors: InputTensor) -> list[TensorData]:

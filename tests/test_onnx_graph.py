@@ -166,6 +166,131 @@ def test_what_cannot_be_read_is_refused(tmp_path: Path, model: Any, why: str) ->
         read_graph(str(zoo.write(tmp_path / "m.onnx", model)))
 
 
+def field(number: int, wire: int, content: bytes) -> bytes:
+    """A field of a message in protobuf's own form: its number, its wire type and what follows them."""
+    key = number << 3 | wire
+    return bytes([key] if key < 128 else [key & 127 | 128, key >> 7]) + content
+
+
+def message(number: int, *fields: bytes) -> bytes:
+    """A message within another."""
+    content = b"".join(fields)
+    size = len(content)
+    return field(number, 2, bytes([size & 127 | 128, size >> 7]) + content)
+
+
+def softmax(*attribute: bytes, dimension: bytes = field(1, 0, b"\4"), more: bytes = b"") -> bytes:
+    """A file of one node, whose attribute `axis` has these fields, and whose input has this dimension."""
+    text = [message(1, b"x"), message(2, b"y"), message(4, b"Softmax")]
+    node = message(1, *text, message(5, message(1, b"axis"), *attribute))
+    shape = message(2, message(1, message(2, b"N")), message(1, dimension))
+    value = message(2, message(1, field(1, 0, b"\1"), shape))
+    graph = message(7, node, message(11, message(1, b"x"), value), message(12, message(1, b"y"), value), more)
+    return field(1, 0, b"\x08") + message(8, field(2, 0, b"\x11")) + graph
+
+
+AXIS = (field(3, 0, b"\1"), field(20, 0, b"\2"))
+BOOLEAN = (field(2, 0, b"\x09"), message(8, b"go"))
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (softmax(*AXIS, message(3, b"\0")), "a number of another kind"),
+        (softmax(*AXIS, message(20, b"\2")), "a number of another kind"),
+        (softmax(AXIS[0], field(20, 0, b"\x82\x80\x80\x80\x10")), "a type that is none"),
+        (softmax(AXIS[0], field(20, 0, b"\x63")), "of an unknown type"),
+        (softmax(*AXIS) + b"\xba\x80\x80\x80\x10\0", "a field's number that is none"),
+        (softmax(*AXIS, dimension=field(1, 0, b"\4") + message(2, b"step")), "a number and a name"),
+        (softmax(*AXIS, more=2 * message(5, *BOOLEAN, message(9, b"\1"))), "constant 'go' stands twice"),
+        (
+            softmax(*AXIS, more=message(5, field(2, 0, b"\1"), message(8, b"y"), message(9, b"\0" * 4))),
+            "twice",
+        ),
+        (softmax(field(20, 0, b"\4")), "not a readable ONNX file"),
+    ],
+    ids=[
+        "a number as bytes",
+        "a type as bytes",
+        "a type of more bits than protobuf reads",
+        "a type that is not known",
+        "a field of more bits than protobuf reads",
+        "two forms of a dimension",
+        "two constants of one name",
+        "a constant that a node writes",
+        "a tensor that is not there",
+    ],
+)
+def test_what_another_reader_may_read_otherwise_is_refused(tmp_path: Path, model: bytes, why: str) -> None:
+    """What is proved of a graph must be proved of the one that the runtime runs."""
+    (axis,) = read_graph(str(zoo.write(tmp_path / "plain.onnx", softmax(*AXIS)))).nodes
+    assert axis.attributes == {"axis": 1}
+    with pytest.raises(ValueError, match=why):
+        read_graph(str(zoo.write(tmp_path / "m.onnx", model)))
+
+
+@pytest.mark.parametrize("content", [field(5, 0, b"\x80\2"), message(9, b"\2")], ids=["a number", "a byte"])
+def test_a_boolean_that_is_neither_0_nor_1_is_not_known(tmp_path: Path, content: bytes) -> None:
+    """What a runtime takes it for is its own matter; the rest of the file is read."""
+    path = zoo.write(tmp_path / "m.onnx", softmax(*AXIS, more=message(5, *BOOLEAN, content)))
+    assert read_graph(str(path)).initializers["go"].values is None
+
+
+def of_another_version() -> onnx.ModelProto:
+    """A function whose Softmax is not the model's."""
+    body = [helper.make_node("Softmax", ["a"], ["b"], axis=1)]
+    function = helper.make_function("own", "F", ["a"], ["b"], body, [helper.make_opsetid("", 11)])
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in "xy"]
+    graph = helper.make_graph(
+        [helper.make_node("F", ["x"], ["y"], domain="own")], "g", values[:1], values[1:]
+    )
+    return helper.make_model(graph, functions=[function], opset_imports=[helper.make_opsetid("", 17)])
+
+
+def in_a_function_s_name() -> onnx.ModelProto:
+    """A tensor by the name that the call's own would be written under."""
+    body = [helper.make_node("Relu", ["a"], ["t"]), helper.make_node("Relu", ["t"], ["b"])]
+    function = helper.make_function("own", "F", ["a"], ["b"], body, [helper.make_opsetid("", 17)])
+    values = [helper.make_tensor_value_info(n, TensorProto.FLOAT, ["N", 4]) for n in "xy"]
+    nodes = [
+        helper.make_node("Neg", ["x"], ["F#1/t"]),
+        helper.make_node("F", ["x"], ["f"], domain="own"),
+        helper.make_node("Add", ["f", "F#1/t"], ["y"]),
+    ]
+    graph = helper.make_graph(nodes, "g", values[:1], values[1:])
+    return helper.make_model(graph, functions=[function], opset_imports=[helper.make_opsetid("", 17)])
+
+
+def with_two_versions() -> onnx.ModelProto:
+    """The same domain by both of its names."""
+    proto = zoo.mlp(seed=1)
+    proto.opset_import.append(helper.make_opsetid("ai.onnx", 11))
+    return proto
+
+
+def with_an_attribute_twice() -> onnx.ModelProto:
+    """Of which a reader may take either."""
+    proto = zoo.mlp(seed=1)
+    proto.graph.node[0].attribute.extend([helper.make_attribute("axis", n) for n in (0, 1)])
+    return proto
+
+
+@pytest.mark.parametrize(
+    ("model", "why"),
+    [
+        (of_another_version(), "another version"),
+        (in_a_function_s_name(), "written twice"),
+        (with_two_versions(), "two versions of the domain"),
+        (with_an_attribute_twice(), "attribute 'axis' stands twice"),
+    ],
+    ids=["a function's version", "a function's names", "a domain twice", "an attribute twice"],
+)
+def test_what_may_mean_two_things_is_refused(tmp_path: Path, model: onnx.ModelProto, why: str) -> None:
+    """Whichever of the two is run, one reader would be wrong."""
+    with pytest.raises(ValueError, match=why):
+        read_graph(str(zoo.write(tmp_path / "m.onnx", model)))
+
+
 def test_nodes_that_are_out_of_order_are_refused(tmp_path: Path) -> None:
     """Also what only a subgraph reads, and what is written twice."""
     late = graph(("Relu", "m", "y", {}), ("Relu", "x", "m", {}))

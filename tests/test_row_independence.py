@@ -92,6 +92,50 @@ def branching(condition: str, *before: onnx.NodeProto) -> onnx.ModelProto:
     return model([*before, node("If", condition, "y", **branches)], X, go=np.array(True), zero=floats(1) * 0)
 
 
+def deciding(condition: str, *before: onnx.NodeProto, **constants: Any) -> onnx.ModelProto:
+    """An If whose first branch keeps rows apart and whose other mixes them: what decides must be known."""
+    out = [helper.make_tensor_value_info("b", F, None)]
+    branches = {
+        "then_branch": helper.make_graph([node("Relu", "x", "b")], "t", [], out),
+        "else_branch": helper.make_graph([node("Softmax", "x", "b", axis=0)], "e", [], out),
+    }
+    return model([*before, node("If", condition, "y", **branches)], X, **constants)
+
+
+def growing(size: str | None) -> onnx.ModelProto:
+    """A Loop whose tensor is as wide as the input in its first turn only, and mixes rows in the others."""
+    out = [helper.make_tensor_value_info("r", F, None)]
+    branches = {
+        "then_branch": helper.make_graph([node("Relu", "a", "r")], "t", [], out),
+        "else_branch": helper.make_graph([node("Softmax", "a", "r", axis=0)], "e", [], out),
+    }
+    nodes = [
+        node("Identity", "c", "d"),
+        *(node("Shape", f"{of}", f"{of}s") for of in "ax"),
+        *(node("Gather", f"{of}s one", f"{of}w") for of in "ax"),
+        node("Equal", "aw xw", "same"),
+        node("If", "same", "either", **branches),
+        node("Concat", "either either", "b", axis=1),
+    ]
+    values = [("i", I64, []), ("c", TensorProto.BOOL, []), ("a", F, None), ("d", TensorProto.BOOL, [])]
+    i, c, a, d = (helper.make_tensor_value_info(*each) for each in values)
+    body = helper.make_graph(nodes, "body", [i, c, a], [d, helper.make_tensor_value_info("b", F, None)])
+    loop = node("Loop", "turns _ x", "y", body=body)
+    return model([loop], {"x": (F, ["N", size])}, turns=np.array(3), one=np.array(1))
+
+
+def without_version() -> onnx.ModelProto:
+    """A runtime takes its latest operators for those of a domain whose version the file does not say."""
+    proto = model([node("Slice", "x a b a", "f"), node("Sub", "x f", "y")], X, a=i64(0), b=i64(1))
+    del proto.opset_import[:]
+    proto.opset_import.append(helper.make_opsetid("ai.onnx.ml", 3))
+    return proto
+
+
+NUMBER = (node("Shape", "x", "s"), node("Gather", "s nought", "n"))
+"""How many rows there are, as `n`."""
+
+
 def looping(body_op: str, carried: str = "x", **attributes: Any) -> onnx.ModelProto:
     """A Loop in which a tensor goes round."""
     values = [
@@ -509,6 +553,202 @@ TOGETHER: dict[str, tuple[onnx.ModelProto, str]] = {
         model([node("Relu", "x", "y")], {"x": (F, ["N", "N"])}),
         "input 'x' has the number of rows as another dimension too",
     ),
+    "a sum of the shape's numbers": (
+        deciding(
+            "c",
+            *NUMBER,
+            node("ReduceSum", "s", "t", keepdims=0),
+            node("Equal", "t n", "c"),
+            nought=np.array(0),
+        ),
+        "ReduceSum 't' computes with how many rows there are",
+    ),
+    "a sum over no axes": (
+        deciding(
+            "c",
+            node("ReduceSum", "v", "t", noop_with_empty_axes=1),
+            node("Gather", "t nought", "first"),
+            node("Equal", "first three", "c"),
+            v=i64(1, 2),
+            nought=np.array(0),
+            three=np.array(3),
+        ),
+        "If 'y' Softmax 'b' works along",
+    ),
+    **{
+        f"a number as {name}": (
+            deciding(
+                "c",
+                node("Cast", "k", "narrow", to=kind),
+                node("Cast", "narrow", "wide", to=I64),
+                node("Equal", "wide k", "c"),
+                k=np.array(number),
+            ),
+            "If 'y' Softmax 'b' works along",
+        )
+        for name, kind, number in (
+            ("a byte", U8, 300),
+            ("a boolean", TensorProto.BOOL, 3),
+            ("an integer of 32 bits", TensorProto.INT32, 2**32 + 1),
+        )
+    },
+    "bytes that wrap round": (
+        deciding(
+            "c",
+            node("Add", "a b", "t"),
+            node("Cast", "t", "wide", to=I64),
+            node("Equal", "wide k", "c"),
+            a=np.uint8(255),
+            b=np.uint8(1),
+            k=np.array(256),
+        ),
+        "If 'y' Softmax 'b' works along",
+    ),
+    "a product that wraps round": (
+        deciding(
+            "c",
+            node("Mul", "k k", "t"),
+            node("Div", "t k", "u"),
+            node("Equal", "u k", "c"),
+            k=np.array(2**32),
+        ),
+        "If 'y' Softmax 'b' works along",
+    ),
+    "whether there are rows": (
+        deciding(
+            "c",
+            *NUMBER,
+            node("Cast", "n", "any", to=TensorProto.BOOL),
+            node("Cast", "any", "one", to=I64),
+            node("Equal", "one n", "c"),
+            nought=np.array(0),
+        ),
+        "Cast 'any' computes with how many rows there are",
+    ),
+    "looked up by whether a row is the first": (
+        model(
+            [
+                *NUMBER,
+                node("Range", "nought n one", "rows"),
+                node("Cast", "rows", "later", to=TensorProto.BOOL),
+                node("Cast", "later", "places", to=I64),
+                node("Gather", "x places", "y"),
+            ],
+            X,
+            nought=np.array(0),
+            one=np.array(1),
+        ),
+        "Gather 'y' looks up in the rows what other rows say",
+    ),
+    "a loop that is true of its first turn": (growing("wide?"), "Softmax 'r' works along"),
+    "a loop over a size without a name": (growing(None), "Softmax 'r' works along"),
+    "operators of an unknown version": (
+        without_version(),
+        "Slice 'f' is of a version that the file does not say",
+    ),
+    "broadcast along an axis that is named": (
+        model([node("Add", "x c", "y", broadcast=1, axis=0)], X, opset=6, c=floats(4)),
+        "Add 'y' broadcasts in a way that is not followed",
+    ),
+    "scales that were cut out of others": (
+        model(
+            [
+                node("Slice", "k two four", "a"),
+                node("Concat", "a ones", "scales", axis=0),
+                node("Resize", "x _ scales", "y", mode="nearest"),
+            ],
+            IMAGE,
+            k=np.array([1, 1, 2, 2], np.float32),
+            ones=np.ones(2, np.float32),
+            two=i64(2),
+            four=i64(4),
+        ),
+        "Resize 'y' resizes the axis of the rows",
+    ),
+    "a region of the rows": (
+        model(
+            [
+                node(
+                    "Resize",
+                    "x region scales",
+                    "y",
+                    mode="nearest",
+                    coordinate_transformation_mode="tf_crop_and_resize",
+                )
+            ],
+            IMAGE,
+            region=np.array([0, 0, 0, 0, 0.5, 1, 1, 1], np.float32),
+            scales=np.array([1, 1, 2, 2], np.float32),
+        ),
+        "Resize 'y' resizes the axis of the rows",
+    ),
+    "between what are no pictures": (
+        model(
+            [node("Resize", "x _ scales", "y", mode="linear")],
+            {"x": (F, ["N", 2, 6])},
+            scales=np.array([1, 1, 2], np.float32),
+        ),
+        "Resize 'y' computes between rows",
+    ),
+    "resized as its pictures are": (
+        model(
+            [
+                node("Shape", "x", "s"),
+                node("Gather", "s nought", "n"),
+                node("Concat", "n small", "sizes", axis=0),
+                node("Resize", "x _ _ sizes", "a", keep_aspect_ratio_policy="not_larger"),
+                node("Resize", "a _ _ s", "y"),
+            ],
+            IMAGE,
+            opset=18,
+            nought=i64(0),
+            small=i64(3, 4, 4),
+        ),
+        "Resize 'a' resizes the axis of the rows",
+    ),
+    "a value for each row that is missing": (
+        model(
+            [
+                node("Transpose", "x", "t"),
+                node("Imputer", "t", "i", domain="ai.onnx.ml", imputed_value_floats=[1.0, 2.0, 3.0]),
+                node("Transpose", "i", "y"),
+            ],
+            X,
+        ),
+        "Imputer 'i' has another value for each row",
+    ),
+    "places of computed numbers": (
+        model(
+            [node("MatMul", "x w", "m"), node("OneHot", "m depth values", "y")],
+            X,
+            w=floats(4, 4),
+            depth=np.array(5),
+            values=floats(2),
+        ),
+        "OneHot 'y' can make another answer of what the runtime rounds",
+    ),
+    "the nearest of a computed place": (
+        model(
+            [
+                node("Conv", "x w", "c", kernel_shape=[1, 1]),
+                node("Transpose", "c", "grid", perm=[0, 2, 3, 1]),
+                node("GridSample", "x grid", "y", mode="nearest"),
+            ],
+            IMAGE,
+            w=floats(2, 3, 1, 1),
+        ),
+        "GridSample 'y' can make another answer of what the runtime rounds",
+    ),
+    "an equation of a letter that nothing has": (
+        model([node("Einsum", "x", "y", equation="ab->az")], X),
+        "Einsum 'y' has an equation that is not followed",
+    ),
+    "an operator without its inputs": (
+        model(
+            [node("Scan", "x", "y", body=zoo.mlp(seed=1).graph, num_scan_inputs=1, scan_input_axes=["a"])], X
+        ),
+        "Scan 'y' is of a form that is not followed",
+    ),
     "written to places that the input names": (
         model(
             [node("ScatterND", "x i u", "y")],
@@ -728,6 +968,7 @@ def ov_model(kind: str) -> Any:
     """A small model in OpenVINO's own operators."""
     import openvino as ov
     from openvino import opset13 as op
+    from openvino import opset15
 
     x = op.parameter([-1, 3, 8], np.float32, name="x")
     x.output(0).get_tensor().set_names({"x"})
@@ -751,6 +992,25 @@ def ov_model(kind: str) -> Any:
         weights = [op.constant(floats(1, 16, n)) for n in (8, 4)]
         cell = op.lstm_sequence(x, state, state, lengths, *weights, op.constant(floats(1, 16)), 4, "forward")
         y = cell.output(0)
+    elif kind == "broadcast along an axis":
+        y = op.add(x, op.constant(floats(4)), auto_broadcast="pdpd")
+    elif kind == "padded and resized":
+        three = op.constant(i64(3))
+        along = op.constant(i64(1))
+        y = op.interpolate(x, three, "nearest", "sizes", [1, 0, 0], [0, 0, 0], axes=along)
+    elif kind == "slopes":
+        y = op.transpose(
+            op.prelu(op.transpose(x, op.constant(i64(1, 0, 2))), op.constant(floats(8))),
+            op.constant(i64(1, 0, 2)),
+        )
+    elif kind == "squeezed where it can be":
+        turned = op.transpose(x, op.constant(i64(1, 0, 2)))
+        y = opset15.squeeze(turned, op.constant(i64(0)), allow_axis_skip=True)
+    elif kind == "reduced over no axes":
+        y = op.add(x, op.reduce_sum(op.constant(floats(4, 1, 1)), op.constant(i64()), True))
+    elif kind == "backwards":
+        bounds = [op.constant(i64(*each)) for each in ((0, 0), (0, 0), (1, -1))]
+        y = op.strided_slice(op.reshape(x, op.constant(i64(0, 24)), True), *bounds, [1, 1], [1, 1])
     else:
         read = op.read_value(op.constant(np.zeros((1, 3, 8), np.float32)), "v", np.float32, [1, 3, 8])
         total = op.add(read, x)
@@ -767,6 +1027,12 @@ def ov_model(kind: str) -> Any:
         ("largest", "works along the axis of the rows"),
         ("view", "cuts rows apart"),
         ("state", "keeps a state, which is one for all rows"),
+        ("broadcast along an axis", "broadcasts in a way that is not followed"),
+        ("padded and resized", "pads before it resizes"),
+        ("slopes", "has another slope for each row"),
+        ("squeezed where it can be", "leaves an axis out only if it is 1"),
+        ("reduced over no axes", "puts the rows beside a constant that has 4 there"),
+        ("backwards", "goes backwards with bounds left out"),
     ],
 )
 def test_an_ir_is_read_over_its_own_graph(kind: str, words: str) -> None:

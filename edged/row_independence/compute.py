@@ -24,8 +24,10 @@ __all__ = [
     "EXACT",
     "MIXERS",
     "breaks",
+    "cast",
     "convolution",
     "elementwise",
+    "keeps_numbers",
     "product_of",
     "turned",
 ]
@@ -78,6 +80,7 @@ _BREAKS = frozenset(
     {
         *("ArgMax", "ArgMin", "Binarizer", "Ceil", "Equal", "Floor", "Greater", "GreaterOrEqual", "Hardmax"),
         *("LabelEncoder", "Less", "LessOrEqual", "Mod", "QuantizeLinear", "Round", "Shrink", "Sign"),
+        *("Imputer", "OneHot", "OneHotEncoder"),
         *("ThresholdedRelu", "TopK", "TreeEnsemble", "TreeEnsembleRegressor", "Sin", "Cos", "Tan"),
         *("Ceiling", "FakeQuantize", "FloorMod", "GreaterEqual", "LessEqual", "NotEqual"),
     }
@@ -108,7 +111,7 @@ def breaks(node: Node, *, rounded: bool, finite: bool) -> str:
         return "gives small numbers that the runtime rounds otherwise at another place of a batch"
     if not rounded:
         return ""
-    whole = node.op in _BREAKS
+    whole = node.op in _BREAKS or (node.op == "GridSample" and node.attributes.get("mode") == "nearest")
     if node.op in ("Cast", "CastLike"):
         whole = node.integer("to") not in _FLOATS
     elif node.op == "Convert":
@@ -128,15 +131,25 @@ def elementwise(at: At) -> Sequence[Value]:
     return [aligned(at.given, at.names)]
 
 
-_WHOLE = (2, 3, 4, 5, 6, 7, 9, 12, 13)
-"""TensorProto.DataType of integers and booleans: as these a shape's numbers stay what they are."""
+_WIDE = {6: "i32", 7: "i64"}
+"""TensorProto.DataType of the integers as which a shape's numbers stay what they are."""
 
 
-def _cast(at: At) -> Sequence[Value]:
+def keeps_numbers(node: Node) -> bool:
+    """Whether it changes the type of whole numbers and leaves what they are."""
+    return _WIDE.get(node.integer("to"), "") != "" or (
+        node.op == "Convert" and node.attributes.get("destination_type") in _WIDE.values()
+    )
+
+
+def cast(at: At) -> Sequence[Value]:
+    """Cast, and OpenVINO's Convert."""
     x = at.need(0)
-    if at.integer("to", 0) in _WHOLE:
-        return [x]
-    # A quotient of floats is not that of whole numbers, so numbers are not followed through floats.
+    wide = at.node.integer("to") == 7 or at.node.attributes.get("destination_type") == "i64"
+    fits = wide or all(n is None or layout.may_be_computed(n) for n in x.numbers or ())
+    if keeps_numbers(at.node) and fits:
+        return [replace(x, ones=None)]
+    # A quotient of floats is not that of whole numbers, a narrow integer wraps round, a boolean is 1 or 0.
     return [replace(x, numbers=None, ones=None)]
 
 
@@ -250,10 +263,14 @@ def _reduce_numbers(compute: str) -> Rule:
         x = at.need(0)
         if x.numbers is None or None in x.numbers or x.rank != 1:
             return plain(at)
+        if at.integer("noop_with_empty_axes", 0):
+            return plain(at)
         whole = [n for n in x.numbers if n is not None]
         total: Size | None = product(whole) if compute == "product" else Size(0)
         if compute == "sum":
             total = layout.add(at, [Size(0), *whole])
+        if total is not None and not layout.may_be_computed(total):
+            return plain(at)
         dims = (ONE,) if at.integer("keepdims", 1) else ()
         return [Value(dims, numbers=None if total is None else (total,))]
 
@@ -488,8 +505,10 @@ def _einsum(at: At) -> Sequence[Value]:
             if laid is not None and (mine, value.before, value.after) != (label, laid.before, laid.after):
                 raise Mixes("multiplies rows with each other")
             label, laid = mine, value
+    if not sizes.keys() >= set(right):
+        raise Mixes("has an equation that is not followed")
     if laid is None:
-        return [Value(tuple(sizes.get(each_label, ONE) for each_label in right))]
+        return [Value(tuple(sizes[each_label] for each_label in right))]
     if any(label in term for term, v in zip(terms, given) if v.axis is None):  # noqa: B905 - as many
         raise Mixes("puts the rows beside a constant that has as many")
     if label not in right:
@@ -620,21 +639,35 @@ def _resize(at: At) -> Sequence[Value]:
     axes = at.integers("axes")
     if x.dims is None:
         return [Value(None)]
+    stretched = at.attribute("keep_aspect_ratio_policy", "stretch") == "stretch"
+    if x.axis is not None and at.attribute("mode", "nearest") != "nearest" and (x.rank < 4 or x.axis > 1):
+        # Only of pictures does a runtime leave the first two axes out. Along others it adds the neighbour
+        # times zero, which is NaN where the neighbour is infinite or NaN.
+        raise Mixes("computes between rows")
     counted = list(range(x.rank)) if axes is None else [x.counted(n) for n in axes]
     dims = [d if n not in counted else at.names.fresh() for n, d in enumerate(x.dims)]
     if x.axis is not None and x.axis in counted:
         place = counted.index(x.axis)
-        if not _keeps(at, x, place, places):
+        if not stretched or not _leaves(at) or not _keeps(at, x, place, places):
             raise Mixes("resizes the axis of the rows, or does not say before it runs that it does not")
         dims[x.axis] = x.size(x.axis)
     sizes = at.get(places["sizes"]) if "sizes" in places else None
-    if sizes is not None and sizes.numbers is not None and len(sizes.numbers) == len(counted):
+    if stretched and sizes is not None and sizes.numbers is not None and len(sizes.numbers) == len(counted):
         for axis, size in zip(counted, sizes.numbers):  # noqa: B905 - as many, see above
             if axis != x.axis and size is not None:
                 if size.has_rows:
                     raise Mixes("takes a size from how many rows there are")
                 dims[axis] = size
     return [x.shaped(dims, x.axis)]
+
+
+def _leaves(at: At) -> bool:
+    """Whether an axis that stays as long as it is stays what it is: not where a region is cut out of it."""
+    how = at.attribute("coordinate_transformation_mode", "half_pixel")
+    if how == "tf_half_pixel_for_nn":  # half a place on, and then down again
+        down = at.attribute("nearest_mode", "round_prefer_floor") in ("round_prefer_floor", "floor")
+        return down and at.attribute("mode", "nearest") == "nearest"
+    return how in ("half_pixel", "half_pixel_symmetric", "pytorch_half_pixel", "align_corners", "asymmetric")
 
 
 def _keeps(at: At, x: Value, place: int, places: dict[str, int]) -> bool:
@@ -825,6 +858,15 @@ def _feature_extractor(at: At) -> Sequence[Value]:
     return [x.shaped((*x.dims[:-1], at.names.fresh()), x.axis)]
 
 
+def _imputer(at: At) -> Sequence[Value]:
+    """A value for each place along the second axis, or, of one dimension, along the first."""
+    x = at.need(0)
+    values = [at.attribute(f"imputed_value_{kind}", ()) for kind in ("floats", "int64s")]
+    if x.axis is not None and (x.rank < 2 or x.axis) and any(len(each_) > 1 for each_ in values):
+        raise Mixes("has another value for each row")
+    return [x.like()]
+
+
 def _one_hot_encoder(at: At) -> Sequence[Value]:
     x = at.need(0)
     if x.dims is None:
@@ -895,7 +937,7 @@ COMPUTE: dict[str, Rule] = {
     "Attention": _attention,
     "AveragePool": _pool,
     "BatchNormalization": _batch_normalization,
-    "Cast": _cast,
+    "Cast": cast,
     "CastLike": _first_of_two,
     "Clip": _first_alone,
     "Conv": _conv,
@@ -957,7 +999,7 @@ CLASSIC: dict[str, Rule] = {
     "Binarizer": elementwise,
     "CategoryMapper": elementwise,
     "FeatureVectorizer": _feature_vectorizer,
-    "Imputer": elementwise,
+    "Imputer": _imputer,
     "LabelEncoder": elementwise,
     "LinearClassifier": _table_rows(2, last="scores"),
     "LinearRegressor": _table_rows(1, last="scores"),

@@ -32,14 +32,22 @@ _END = 10**9
 """A Slice that ends there or later ends where the tensor does: how exporters write `no end`."""
 
 
+_COUNTING = ("int64", "int32", "bool")
+"""What numbers are followed in. Narrower ones wrap round at sizes that there are."""
+
+_KNOWN_MAX, _FACTOR_MAX, _SYMBOLS_MAX = (1 << 31) - 1, 1 << 24, 4
+"""Of numbers that a graph computes: beyond them 32 bits may wrap round, or what they stand for is no size."""
+
+
 def constant_value(shape: tuple[int, ...], values: object) -> Value:
     """A tensor of the file; `values` is a small array or None."""
     numbers: Numbers | None = None
-    kind = getattr(getattr(values, "dtype", None), "kind", "")
+    dtype = getattr(values, "dtype", None)
+    kind = getattr(dtype, "kind", "")
     if (
         values is not None
         and len(shape) < 2
-        and kind in "iub"
+        and getattr(dtype, "name", "") in _COUNTING
         and product(map(Size, shape)).factor <= NUMBERS_MAX
     ):
         numbers = tuple(Size(int(each)) for each in values.reshape(-1).tolist())  # type: ignore[attr-defined]
@@ -123,7 +131,8 @@ def _filled(shape: Value, at: At, filling: object) -> Value:
     if any(d.has_rows for d in dims):
         return rows_at(dims, next(n for n, d in enumerate(dims) if d.has_rows))
     count = product(dims).known
-    whole = filling.reshape(-1).tolist()[0] if hasattr(filling, "reshape") else filling
+    narrow = getattr(getattr(filling, "dtype", None), "name", "int64") not in _COUNTING
+    whole = filling.reshape(-1).tolist()[0] if hasattr(filling, "reshape") and not narrow else filling
     if len(dims) < 2 and count is not None and count <= NUMBERS_MAX and isinstance(whole, int):
         return Value(dims, numbers=(Size(int(whole)),) * count)
     return Value(dims)
@@ -225,7 +234,7 @@ def _moved(x: Value, places: Sequence[int | None]) -> Value:
     """Another order of the dimensions; None is a new one of 1."""
     axis = None if x.axis is None else places.index(x.axis)
     dims = tuple(ONE if n is None else x.size(n) for n in places)
-    return replace(x, dims=dims, axis=axis, numbers=x.numbers if len(dims) < 2 else None)
+    return replace(x, dims=dims, axis=axis, numbers=x.numbers if len(dims) < 2 else None, ones=None)
 
 
 def _transpose(at: At) -> Sequence[Value]:
@@ -275,7 +284,7 @@ def _tile(at: At) -> Sequence[Value]:
     if x.axis is not None:
         if times[x.axis] != ONE or any(t.has_rows for t in times):
             raise Mixes("repeats the rows")
-        return [replace(x, dims=dims, numbers=None)]
+        return [replace(x, dims=dims, numbers=None, ones=None)]
     counted = [n for n, t in enumerate(times) if t.has_rows]
     if not counted:
         return [Value(dims, source=x.source)]
@@ -308,13 +317,11 @@ def _concat(at: At) -> Sequence[Value]:
             raise Mixes("joins rows one after the other")
         return [laid.shaped(dims, laid.axis)]
     numbers: Numbers | None = None
-    if first.rank == 1 and all(p.numbers is not None for p in parts):
-        numbers = tuple(n for p in parts for n in p.numbers or ())
-        numbers = numbers if len(numbers) <= NUMBERS_MAX else None
     ones: tuple[bool, ...] | None = None
-    if first.rank == 1 and all(p.ones is not None or p.size(0).known is not None for p in parts):
+    if first.rank == 1 and length.known is not None and length.known <= NUMBERS_MAX:
+        if all(p.numbers is not None for p in parts):
+            numbers = tuple(n for p in parts for n in p.numbers or ())
         ones = tuple(n for p in parts for n in p.ones or (False,) * p.size(0).factor)
-        ones = ones if len(ones) <= NUMBERS_MAX else None
     return [Value(tuple(dims), numbers=numbers, ones=ones)]
 
 
@@ -352,7 +359,7 @@ def _split(at: At) -> Sequence[Value]:
     found, start = [], 0
     for size in sizes:
         dims = [size if n == axis else d for n, d in enumerate(x.dims)]
-        part_of = replace(x, dims=tuple(dims), numbers=None)
+        part_of = replace(x, dims=tuple(dims), numbers=None, ones=None)
         if x.numbers is not None and x.rank == 1:
             known = lengths is not None
             part_of = replace(part_of, numbers=x.numbers[start : start + size.factor] if known else None)
@@ -404,7 +411,7 @@ def _slice(at: At) -> Sequence[Value]:
         else:
             dims[axis] = at.names.fresh()
             numbers = None
-    return [replace(x, dims=tuple(dims), numbers=numbers)]
+    return [replace(x, dims=tuple(dims), numbers=numbers, ones=None)]
 
 
 def _bounds(at: At, place: int) -> Numbers:
@@ -646,6 +653,8 @@ def each(compute: Callable[[At, Sequence[Size]], Size | None]) -> Callable[[At, 
         for numbers_at in zip(*given):  # noqa: B905 - of one length
             whole = [n for n in numbers_at if n is not None]
             result = compute(at, whole) if len(whole) == len(numbers_at) else None
+            if result is not None and result not in whole and not may_be_computed(result):
+                result = None
             if result is None and any(n.has_rows for n in whole):
                 raise Mixes("computes with how many rows there are")
             found.append(result)
@@ -654,13 +663,18 @@ def each(compute: Callable[[At, Sequence[Size]], Size | None]) -> Callable[[At, 
     return all_of
 
 
+def may_be_computed(size: Size) -> bool:
+    """Whether integers of 32 bits can hold it too, for all sizes that a tensor can have."""
+    if size.known is not None:
+        return abs(size.known) <= _KNOWN_MAX
+    return abs(size.factor) <= _FACTOR_MAX and len(size.symbols) <= _SYMBOLS_MAX
+
+
 def add(at: At, n: Sequence[Size]) -> Size | None:
     """Of whole numbers; a sum of sizes is a symbol of its own."""
     found = n[0]
     for other in n[1:]:
         found = _add(at, found, other)
-        if found.has_rows:
-            return None if found not in n else found
     return found
 
 
@@ -692,14 +706,13 @@ def multiply(at: At, n: Sequence[Size]) -> Size | None:
 
 
 def divide(at: At, n: Sequence[Size]) -> Size | None:
-    """Where nothing is left over, else a symbol; of whole numbers towards zero, as ONNX has it."""
+    """Where nothing is left over, else a symbol. What is negative ONNX rounds up and OpenVINO down."""
     a, b = n
     exact = a.over(b)
     if exact is not None:
         return exact
     if a.known is not None and b.known:
-        quotient = abs(a.known) // abs(b.known)
-        return Size(quotient if (a.known < 0) == (b.known < 0) else -quotient)
+        return Size(a.known // b.known) if (a.known < 0) == (b.known < 0) else None
     return None if a.has_rows or b.has_rows else at.names.of_expression("over", a, b)
 
 

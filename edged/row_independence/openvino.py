@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edged.row_independence.compute import COMPUTE, convolution, elementwise, product_of, turned
+from edged.row_independence.compute import COMPUTE, cast, convolution, elementwise, product_of, turned
 from edged.row_independence.layout import LAYOUT
 from edged.row_independence.node import At, Rule
 from edged.row_independence.sizes import ONE, Size
@@ -44,12 +44,6 @@ def _rewritten(
 ) -> At:
     node = replace(at.node, op=op, domain="", attributes=dict(attributes))
     return replace(at, node=node, opset=_LATEST, inputs=at.inputs if inputs is None else inputs)
-
-
-def _convert(at: At) -> Sequence[Value]:
-    x = at.need(0)
-    whole = str(at.node.attributes.get("destination_type", "")).startswith(("i", "u", "boolean"))
-    return [x if whole else replace(x, numbers=None, ones=None)]
 
 
 def _matmul(at: At) -> Sequence[Value]:
@@ -113,7 +107,7 @@ def _batch_norm(at: At) -> Sequence[Value]:
     x = at.need(0)
     for place in range(1, len(at.inputs)):
         fixed(at.get(place), "parameters")
-    if x.axis == 1:
+    if x.axis == 1 or x.rank < 2:  # of a single dimension it is the older form's scale, which comes first
         raise Mixes(_ALONG)
     return [x.like()]
 
@@ -162,6 +156,11 @@ def _strided_slice(at: At) -> Sequence[Value]:
         raise Mixes("has new axes or an ellipsis, which are not followed")
     if start.axis is not None or end.axis is not None or start.numbers is None or end.numbers is None:
         raise Mixes("has bounds that are not known before it runs")
+    forwards = steps is None or all(step > 0 for step in numbers_of(steps, "steps") or ())
+    if not forwards and any(any(bits) for bits in masks.values()):
+        raise Mixes("goes backwards with bounds left out, which is not followed")
+    if any(first and one for first, one in zip(masks["begin"], masks["shrink_axis"])):  # noqa: B905 - to the shorter
+        raise Mixes("takes a place whose number is left out")
     count = len(start.numbers)
     every = Size(2**31 - 1)
 
@@ -213,6 +212,8 @@ def _interpolate(at: At) -> Sequence[Value]:
     x = at.need(0)
     for place in range(1, len(at.inputs)):
         fixed(at.get(place), "sizes")
+    if any((*at.node.attributes.get("pads_begin", ()), *at.node.attributes.get("pads_end", ()))):
+        raise Mixes("pads before it resizes, which is not followed")
     if x.dims is None:
         return [Value(None)]
     axes = None
@@ -252,10 +253,42 @@ def _keeps_state(at: At) -> Sequence[Value]:
 
 _KEEP = {"keep_dims": "keepdims"}
 
+
+def _reduce(op: str) -> Rule:
+    """ONNX's, but that nothing is reduced where no axes are named."""
+    rule = _as(op, attributes=_KEEP)
+
+    def over_named(at: At) -> Sequence[Value]:
+        return rule(at) if numbers_of(at.need(1), "axes") else [at.need(0).like()]
+
+    return over_named
+
+
+def _squeeze(at: At) -> Sequence[Value]:
+    (found,) = LAYOUT["Squeeze"](_rewritten(at, "Squeeze", {}))
+    x = at.need(0)
+    if at.node.attributes.get("allow_axis_skip") and x.dims is not None:
+        gone = {x.counted(axis) for axis in numbers_of(at.get(1), "axes") or ()}
+        if any(x.size(axis) != ONE for axis in gone):
+            raise Mixes("leaves an axis out only if it is 1")
+    return [found]
+
+
+def _prelu(at: At) -> Sequence[Value]:
+    """Slopes of one dimension are for the second axis."""
+    x, slope = at.need(0), at.need(1)
+    if slope.dims is None or len(slope.dims) != 1 or slope.dims == (ONE,) or x.dims is None or x.rank < 2:
+        return elementwise(at)
+    fixed(slope, "slopes")
+    if x.axis == 1:
+        raise Mixes("has another slope for each row")
+    return [x.like()]
+
+
 _ELEMENTWISE = (
     *("Abs", "Acos", "Acosh", "Asin", "Asinh", "Atan", "Atanh", "Ceiling", "Clamp", "Cos", "Cosh", "Elu"),
     *("Erf", "Exp", "FakeQuantize", "Floor", "FloorMod", "Gelu", "HSigmoid", "HSwish", "HardSigmoid", "Log"),
-    *("LogicalXor", "Mish", "Mod", "Negative", "NotEqual", "PRelu", "Power", "Relu", "Round", "Selu"),
+    *("LogicalXor", "Mish", "Mod", "Negative", "NotEqual", "Power", "Relu", "Round", "Selu"),
     *("Sigmoid", "Sign", "Sin", "Sinh", "SoftPlus", "SoftSign", "Sqrt", "SquaredDifference", "Swish", "Tan"),
     *("Tanh", "IsNaN", "IsInf", "IsFinite"),
 )
@@ -273,14 +306,14 @@ _REDUCE = {
 
 OPENVINO: dict[str, Rule] = {
     **dict.fromkeys(_ELEMENTWISE, elementwise),
-    **{name: _as(op, attributes=_KEEP) for name, op in _REDUCE.items()},
+    **{name: _reduce(op) for name, op in _REDUCE.items()},
     "Add": _as("Add"),
     "Assign": _keeps_state,
     "AvgPool": _pool,
     "BatchNormInference": _batch_norm,
     "Broadcast": _broadcast,
     "Concat": _as("Concat"),
-    "Convert": _convert,
+    "Convert": cast,
     "Convolution": _convolution,
     "ConvolutionBackpropData": _backwards,
     "CumSum": _as("CumSum"),
@@ -312,6 +345,7 @@ OPENVINO: dict[str, Rule] = {
     "Multiply": _as("Mul"),
     "NormalizeL2": _over_axes,
     "OneHot": _one_hot,
+    "PRelu": _prelu,
     "Pad": _pad,
     "RNNSequence": _sequence(1),
     "Range": _as("Range"),
@@ -323,7 +357,7 @@ OPENVINO: dict[str, Rule] = {
     "Softmax": _as("Softmax"),
     "SpaceToDepth": _as("SpaceToDepth", attributes={"block_size": "blocksize"}),
     "Split": _split,
-    "Squeeze": _as("Squeeze"),
+    "Squeeze": _squeeze,
     "StridedSlice": _strided_slice,
     "Subtract": _as("Sub"),
     "Tile": _as("Tile"),

@@ -14,6 +14,9 @@ from dataclasses import dataclass
 __all__ = ["ONE", "ROWS", "Names", "Size", "product"]
 
 _ROWS = "rows"
+_FRESH = "?"
+"""Begins the names of symbols of which nothing is known; a number follows."""
+
 _SIGNED = "±"
 """Begins the names of symbols that may be zero or negative: a difference, a quotient."""
 
@@ -42,6 +45,12 @@ class Size:
     def positive(self) -> bool:
         """Whether it is certain to be above zero, given that no dimension is empty."""
         return self.factor > 0 and not any(name.startswith(_SIGNED) for name in self.symbols)
+
+    def given_since(self, count: int) -> bool:
+        """Whether it is a symbol that `Names.fresh` has given after so many others."""
+        if self.factor != 1 or len(self.symbols) != 1 or not self.symbols[0].startswith(_FRESH):
+            return False
+        return int(self.symbols[0][len(_FRESH) :]) > count
 
     def __mul__(self, other: Size) -> Size:
         if self.factor == 0 or other.factor == 0:
@@ -85,7 +94,8 @@ class Names:
     """Gives symbols their names; one for each graph that is read."""
 
     def __init__(self) -> None:
-        self._count = 0
+        self.count = 0
+        """Of symbols that `fresh` has given."""
         self._expressions: dict[tuple[str, Size, Size], Size] = {}
 
     def of_dimension(self, name: str) -> Size:
@@ -94,8 +104,8 @@ class Names:
 
     def fresh(self) -> Size:
         """A dimension of which nothing is known, not even whether it is one that was seen before."""
-        self._count += 1
-        return Size(1, (f"?{self._count}",))
+        self.count += 1
+        return Size(1, (f"{_FRESH}{self.count}",))
 
     def of_expression(self, kind: str, a: Size, b: Size) -> Size:
         """The symbol of what is computed from two sizes; it may be zero or negative unless it is a sum."""

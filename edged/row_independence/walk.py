@@ -5,7 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from edged.row_independence.compute import CLASSIC, COMPUTE, CONTRIBUTED, EXACT, MIXERS, breaks
+from edged.row_independence.compute import (
+    CLASSIC,
+    COMPUTE,
+    CONTRIBUTED,
+    EXACT,
+    MIXERS,
+    breaks,
+    keeps_numbers,
+)
 from edged.row_independence.layout import LAYOUT, constant_value
 from edged.row_independence.node import At, Rule
 from edged.row_independence.openvino import OPENVINO
@@ -24,6 +32,15 @@ STEPS_MAX = 50_000
 """Nodes that are followed, those of loops more than once; that takes about a second, and no network of the
 field has a tenth of it."""
 
+NAMES_PER_STEP = 256
+"""A subgraph sees the names around it: to hand on so many takes less than to follow a node."""
+
+INPUTS_PER_STEP = 4
+"""Of a node: what has thousands takes as long as many nodes."""
+
+RANK_MAX = 16
+"""Dimensions of a tensor; networks have up to eight."""
+
 LOOP_TRIES = 4
 """How often a loop's body is followed until what goes round in it has settled; two are the rule."""
 
@@ -34,6 +51,9 @@ TABLES: dict[str, Mapping[str, Rule]] = {
     "com.microsoft": {**CONTRIBUTED, **{name: COMPUTE[name] for name in ("LayerNormalization",)}},
 }
 """By domain. ONNX Runtime takes some operators of its own domain under ONNX's names."""
+
+_NUMPY_SINCE = 7
+"""The opset from which on operators broadcast as numpy does, and not along an axis that they name."""
 
 _SIZES_READ: dict[str, tuple[int, ...]] = {
     "Shape": (0,),
@@ -101,6 +121,8 @@ class _Walk:
         self._finite = finite
         self._names = Names()
         self._steps = 0
+        self._needed: dict[int, tuple[Node, ...]] = {}
+        """By a graph's identity: loops are followed more than once."""
 
     def outputs(self) -> None:
         graph = self._graph
@@ -137,10 +159,13 @@ class _Walk:
     def _run(self, graph: Graph, around: Mapping[str, Value]) -> list[Value]:
         """The graph's outputs. `around` is what is known where it stands, its own inputs included."""
         known = dict(around)
+        self._steps += len(around) // NAMES_PER_STEP + len(graph.initializers)
+        if id(graph) not in self._needed:
+            self._needed[id(graph)] = tuple(_needed(graph))
         for name, constant in graph.initializers.items():
             known[name] = constant_value(constant.shape, constant.values)
-        for node in _needed(graph):
-            self._steps += 1
+        for node in self._needed[id(graph)]:
+            self._steps += 1 + len(node.inputs) // INPUTS_PER_STEP
             if self._steps > STEPS_MAX:
                 raise Mixes("the graph takes too long to follow")
             try:
@@ -157,6 +182,9 @@ class _Walk:
                         known[name] = _noted(_checked(value), rounded, numbering or value.numbering)
             except Mixes as e:
                 raise type(e)(f"{node.label} {e}") from e
+            except (LookupError, TypeError, AttributeError) as e:
+                # Rules take the inputs and attributes for granted that an operator must have.
+                raise Mixes(f"{node.label} is of a form that is not followed") from e
         return [_of(known, output.name) for output in graph.outputs]
 
     def _outputs_of(
@@ -175,7 +203,15 @@ class _Walk:
             if same and not node.graphs and node.domain in ("", "ai.onnx.ml"):
                 return [Value(None)] * len(node.outputs)
             raise Mixes("is not in the table of operators that keep rows apart")
-        opset = self._graph.opsets.get(node.domain, 1)
+        opset = self._graph.opsets.get(node.domain)
+        if opset is None:
+            if not node.domain:
+                raise Mixes("is of a version that the file does not say")
+            opset = 1
+        if (opset < _NUMPY_SINCE and not node.domain and node.integer("broadcast")) or str(
+            node.attributes.get("auto_broadcast", "numpy")
+        ) not in ("numpy", "none"):
+            raise Mixes("broadcasts in a way that is not followed")
         try:
             found = rule(At(node, given, opset, self._names, self.limits))
         except Mixes as e:
@@ -201,6 +237,8 @@ class _Walk:
         return [self._either(a, b) for a, b in zip(*both)]  # noqa: B905 - as many, or a runtime refuses it
 
     def _loop(self, node: Node, given: Sequence[Value | None], known: Mapping[str, Value]) -> Sequence[Value]:
+        if len(given) < 2:
+            raise Mixes("has no body")
         fixed(given[0], "number of turns")
         fixed(given[1], "condition")
         body = node.attributes.get("body")
@@ -244,12 +282,13 @@ class _Walk:
         if any(value.counts_rows for value in start):
             raise Mixes("begins with how many rows there are")
         state = [value.like() for value in start]
+        begun = self._names.count
         skipped = 1 if before else 0  # the condition
         for _ in range(LOOP_TRIES):
             names = [value.name for value in body.inputs]
             found = self._run(body, {**known, **dict(zip(names, (*before, *state, *after)))})  # noqa: B905
             then = [self._either(a, b) for a, b in zip(state, found[skipped:])]  # noqa: B905 - likewise
-            if [_form(value) for value in then] == [_form(value) for value in state]:
+            if all(_holds(a, b, begun) for a, b in zip(state, then)):  # noqa: B905 - as many
                 return then, found
             state = then
         raise Mixes("does not settle")
@@ -285,10 +324,22 @@ class _Walk:
 _CONTROL = {"If": _Walk._if, "Loop": _Walk._loop, "Scan": _Walk._scan}
 
 
-def _form(value: Value) -> tuple[object, ...]:
-    """What must be the same in every turn: where the rows lie, and the sizes that are known."""
-    dims = None if value.dims is None else tuple(None if "?" in str(d) else d for d in value.dims)
-    return dims, value.axis, value.before, value.after, value.rounded, value.numbering
+def _holds(state: Value, then: Value, begun: int) -> bool:
+    """Whether what was followed of a turn is true of the next one too: where the rows lie, and each size.
+
+    A size may change from turn to turn where the turn was followed with a symbol that nothing else has: one
+    of those that were given since `begun`.
+    """
+    if (state.axis, state.before, state.after) != (then.axis, then.before, then.after):
+        return False
+    if (state.rounded, state.numbering) != (then.rounded, then.numbering):
+        return False
+    if state.dims is None or then.dims is None:
+        return state.dims is then.dims
+    return len(state.dims) == len(then.dims) and all(
+        a == b or a.given_since(begun)
+        for a, b in zip(state.dims, then.dims)  # noqa: B905 - as many
+    )
 
 
 def _noted(value: Value, rounded: bool, numbering: Numbering) -> Value:
@@ -308,7 +359,7 @@ def _numbering(node: Node, given: Sequence[Value | None]) -> Numbering | None:
     if node.op in ("Gather", "GatherND") and first is not None and first.axis is not None:
         # Their rules have looked: each row looks up its own.
         return Numbering.NONE if notes[0] is Numbering.NONE else Numbering.SOMEHOW
-    if node.op in ("Identity", "Cast") and others:
+    if (node.op == "Identity" or (node.op == "Cast" and keeps_numbers(node))) and others:
         return notes[0]
     if node.op in ("Unsqueeze", "Squeeze", "Expand") and notes[0] is Numbering.OWN and others:
         return Numbering.OWN
@@ -327,6 +378,8 @@ def _of(known: Mapping[str, Value], name: str) -> Value:
 
 def _checked(value: Value) -> Value:
     """A tensor that is of one of the two kinds. Raises Mixes where its shape has rows and it does not."""
+    if value.dims is not None and len(value.dims) > RANK_MAX:
+        raise Mixes(f"has more than {RANK_MAX} dimensions")
     for at, size in enumerate(value.dims or ()):
         if size.has_rows != (at == value.axis):
             raise Mixes("has a shape that counts the rows in a way that is not followed")

@@ -84,7 +84,8 @@ Dimension = int | str | None
 
 @dataclass(frozen=True)
 class Constant:
-    """A tensor of the file. `values` is None where it is large, external or of a type that numpy lacks."""
+    """A tensor of the file. `values` is None where it is large, external or of a type that numpy lacks, or
+    booleans that are neither 0 nor 1."""
 
     datatype: str
     shape: tuple[int, ...]
@@ -192,7 +193,7 @@ def _read(path: str, what: Callable[[_Reader], _T]) -> _T:
         with data:
             try:
                 return what(_Reader(data))
-            except (IndexError, struct.error, UnicodeDecodeError, OverflowError) as e:
+            except (LookupError, struct.error, UnicodeDecodeError, OverflowError) as e:
                 raise ValueError(f"not a readable ONNX file: {e}") from e
 
 
@@ -230,6 +231,8 @@ class _Reader:
         data = self._data
         while at < end:
             key, at = self._varint(at)
+            if not 8 <= key < 1 << 32:
+                raise ValueError("a field's number that is none")
             wire = key & 7
             if wire == _BYTES:
                 length, at = self._varint(at)
@@ -256,6 +259,19 @@ class _Reader:
             if shift > 63:
                 raise ValueError("a number of more than 64 bits")
 
+    def _one(self, occurrences: Sequence[tuple[int, int, int]]) -> int:
+        """A number that stands once. The last is the one that counts."""
+        if any(wire != _VARINT for wire, _, _ in occurrences):
+            raise ValueError("a number of another kind than ONNX has it")
+        return self._int(occurrences[-1][1])
+
+    def _kind(self, occurrences: Sequence[tuple[int, int, int]]) -> int:
+        """One of an enumeration, of which protobuf reads 32 bits."""
+        found = self._one(occurrences)
+        if not 0 <= found < 1 << 31:
+            raise ValueError("a type that is none")
+        return found
+
     def _int(self, at: int) -> int:
         value = self._varint(at)[0]
         return value - (1 << 64) if value >= 1 << 63 else value
@@ -276,18 +292,18 @@ class _Reader:
 
     def _floats(self, occurrences: Sequence[tuple[int, int, int]], form: str = "f") -> list[float]:
         found: list[float] = []
-        for _, a, b in occurrences:
+        for wire, a, b in occurrences:
+            if wire not in (_BYTES, _FIXED32 if form == "f" else _FIXED64):
+                raise ValueError("a number of another kind than ONNX has it")
             found += [each for (each,) in struct.iter_unpack("<" + form, self._data[a:b])]
         return found
 
     def _text(self, fields: Mapping[int, list[tuple[int, int, int]]], number: int) -> str:
-        if number not in fields:
-            return ""
-        _, a, b = fields[number][-1]
-        return self._data[a:b].decode()
+        found = self._texts(fields.get(number, ()))
+        return found[-1] if found else ""
 
     def _texts(self, occurrences: Sequence[tuple[int, int, int]]) -> tuple[str, ...]:
-        return tuple(self._data[a:b].decode() for _, a, b in occurrences)
+        return tuple(self._data[a:b].decode() for a, b in self._spans(occurrences))
 
     @staticmethod
     def _spans(occurrences: Sequence[tuple[int, int, int]]) -> list[_Span]:
@@ -305,12 +321,13 @@ class _Reader:
         graph = self._graph(self._spans(fields[7]), opsets, 0)
         functions = {}
         for span in self._spans(fields.get(25, ())):
-            key, function = self._function(span)
-            if key[0] in _STANDARD:
-                raise ValueError(f"a function that has the name of a runtime's own operator: {key[1]}")
+            key, function = self._function(span, opsets.get(""))
             functions[key] = function
         _check_order(graph)
-        return _written_out(graph, functions) if functions else graph
+        if functions:
+            graph = _written_out(graph, functions)
+            _check_order(graph)  # names that a body's nodes were given may be the file's too
+        return graph
 
     def metadata(self) -> tuple[dict[str, str], dict[str, str]]:
         """Producer and the like by ONNX Runtime's names, and the pairs that are the file's own."""
@@ -339,7 +356,9 @@ class _Reader:
         found = {}
         for span in self._spans(occurrences):
             fields = self._fields([span])
-            found[_domain(self._text(fields, 1))] = self._int(fields[2][-1][1]) if 2 in fields else 0
+            domain, version = _domain(self._text(fields, 1)), self._one(fields[2]) if 2 in fields else 0
+            if found.setdefault(domain, version) != version:
+                raise ValueError(f"two versions of the domain '{domain}'")
         return found
 
     def _graph(self, spans: Sequence[_Span], opsets: Mapping[str, int], depth: int) -> Graph:
@@ -349,9 +368,13 @@ class _Reader:
         initializers = {}
         for span in self._spans(fields.get(5, ())):
             name, constant = self._tensor([span])
+            if name in initializers:
+                raise ValueError(f"constant '{name}' stands twice")
             initializers[name] = constant
         for span in self._spans(fields.get(15, ())):
             name, constant = self._sparse([span])
+            if name in initializers:
+                raise ValueError(f"constant '{name}' stands twice")
             initializers[name] = constant
         return Graph(
             nodes=tuple(self._node(span, opsets, depth) for span in self._spans(fields.get(1, ()))),
@@ -361,7 +384,7 @@ class _Reader:
             opsets=opsets,
         )
 
-    def _function(self, span: _Span) -> tuple[tuple[str, str, str], _Function]:
+    def _function(self, span: _Span, version: int | None) -> tuple[tuple[str, str, str], _Function]:
         fields = self._fields([span])
         opsets = self._opsets(fields.get(9, ()))
         defaults: dict[str, Any] = {}
@@ -369,6 +392,10 @@ class _Reader:
             name, value = self._attribute([attribute], opsets, 1)
             defaults[name] = value
         key = (_domain(self._text(fields, 10)), self._text(fields, 1), self._text(fields, 13))
+        if key[0] in _STANDARD:
+            raise ValueError(f"a function that has the name of a runtime's own operator: {key[1]}")
+        if opsets.get("", version) != version:
+            raise ValueError(f"function {key[1]} is of another version of the operators than the model")
         return key, _Function(
             inputs=self._texts(fields.get(4, ())),
             outputs=self._texts(fields.get(5, ())),
@@ -384,6 +411,8 @@ class _Reader:
         attributes: dict[str, Any] = {}
         for attribute in self._spans(fields.get(5, ())):
             name, value = self._attribute([attribute], opsets, depth)
+            if name in attributes:
+                raise ValueError(f"attribute '{name}' stands twice")
             attributes[name] = value
         return Node(
             op=self._text(fields, 4),
@@ -399,13 +428,15 @@ class _Reader:
         name = self._text(fields, 1)
         if 21 in fields:
             return name, _Reference(self._text(fields, 21))
-        kind = self._int(fields[20][-1][1]) if 20 in fields else _kind_of(fields)
+        kind = self._kind(fields[20]) if 20 in fields else _kind_of(fields)
         if kind == 1:
+            if any(wire != _FIXED32 for wire, _, _ in fields.get(2, ())):
+                raise ValueError("a number of another kind than ONNX has it")
             return name, self._floats(fields[2])[-1] if 2 in fields else 0.0
         if kind == 2:
-            return name, self._int(fields[3][-1][1]) if 3 in fields else 0
+            return name, self._one(fields[3]) if 3 in fields else 0
         if kind == 3:
-            return name, _text_or_bytes(self._data[slice(*fields[4][-1][1:])]) if 4 in fields else ""
+            return name, _text_or_bytes(self._data[slice(*self._spans(fields[4])[-1])]) if 4 in fields else ""
         if kind == 4:
             return name, self._tensor(self._spans(fields[5]))[1]
         if kind == 5:
@@ -415,7 +446,7 @@ class _Reader:
         if kind == 7:
             return name, tuple(self._ints(fields.get(8, ())))
         if kind == 8:
-            return name, tuple(_text_or_bytes(self._data[a:b]) for _, a, b in fields.get(9, ()))
+            return name, tuple(_text_or_bytes(self._data[a:b]) for a, b in self._spans(fields.get(9, ())))
         if kind == 9:
             return name, tuple(self._tensor([span])[1] for span in self._spans(fields.get(10, ())))
         if kind == 10:
@@ -423,11 +454,13 @@ class _Reader:
             return name, tuple(self._graph([span], opsets, depth + 1) for span in spans)
         if kind == 11:
             return name, self._sparse(self._spans(fields[22]))[1]
-        return name, None  # types, and whatever comes: known to be there, and no more
+        if kind in _OF_TYPES:
+            return name, None  # known to be there, and no more
+        raise ValueError(f"attribute '{name}' is of an unknown type")
 
     def _tensor(self, spans: Sequence[_Span]) -> tuple[str, Constant]:
         fields = self._fields(spans)
-        datatype = DATATYPES.get(self._int(fields[2][-1][1]) if 2 in fields else 0, "")
+        datatype = DATATYPES.get(self._kind(fields[2]) if 2 in fields else 0, "")
         shape = tuple(self._ints(fields.get(1, ())))
         if any(size < 0 for size in shape):
             raise ValueError("a constant with a negative size")
@@ -444,7 +477,9 @@ class _Reader:
             return None
         dtype = np.dtype(_NUMPY[datatype])
         if 9 in fields:
-            _, a, b = fields[9][-1]
+            a, b = self._spans(fields[9])[-1]
+            if datatype == "BOOL" and not {*self._data[a:b]} <= {0, 1}:
+                return None  # whether it is true, and as which number, is the runtime's
             values = np.frombuffer(self._data[a:b], dtype)
         elif datatype == "FP32":
             values = np.array(self._floats(fields.get(4, ())), dtype)
@@ -456,6 +491,8 @@ class _Reader:
         else:
             number = {"INT64": 7, "UINT64": 11, "UINT32": 11}.get(datatype, 5)
             whole = self._ints(fields.get(number, ()))
+            if datatype == "BOOL" and not {*whole} <= {0, 1}:
+                return None
             mask = (1 << 8 * dtype.itemsize) - 1
             raw = b"".join((each & mask).to_bytes(dtype.itemsize, "little") for each in whole)
             values = np.frombuffer(raw, dtype)
@@ -472,11 +509,13 @@ class _Reader:
         fields = self._fields([span])
         name = self._text(fields, 1)
         kinds = self._fields(self._spans(fields.get(2, ())))
-        kind = next((k for number, k in _TYPES.items() if number in kinds), "")
+        kind, *others = [k for number, k in _TYPES.items() if number in kinds] or [""]
+        if others:
+            raise ValueError(f"'{name}' has two types")
         if kind != "tensor":
             return ValueInfo(name, kind)
         tensor = self._fields(self._spans(kinds[1]))
-        datatype = DATATYPES.get(self._int(tensor[1][-1][1]) if 1 in tensor else 0, "")
+        datatype = DATATYPES.get(self._kind(tensor[1]) if 1 in tensor else 0, "")
         if 2 not in tensor:
             return ValueInfo(name, kind, datatype)
         dims = self._fields(self._spans(tensor[2])).get(1, ())
@@ -484,8 +523,10 @@ class _Reader:
 
     def _dimension(self, span: _Span) -> Dimension:
         fields = self._fields([span])
+        if 1 in fields and 2 in fields:
+            raise ValueError("a dimension that is a number and a name")
         if 1 in fields:
-            size = self._int(fields[1][-1][1])
+            size = self._one(fields[1])
             return size if size >= 0 else None
         return self._text(fields, 2) or None
 
@@ -499,6 +540,10 @@ _GRAPH_TEXTS = ((2, "graph_name"), (10, "graph_description"))
 
 _TYPES = {1: "tensor", 4: "sequence", 5: "map", 9: "optional", 8: "sparse"}
 """The fields of TypeProto."""
+
+
+_OF_TYPES = (12, 13, 14)
+"""SPARSE_TENSORS, TYPE_PROTO and TYPE_PROTOS of AttributeProto.AttributeType."""
 
 
 def _kind_of(fields: Mapping[int, Any]) -> int:
@@ -515,7 +560,7 @@ def _check_order(graph: Graph) -> None:
     """
     later = [name for node in graph.nodes for name in node.outputs if name]
     unwritten = set(later)
-    if len(unwritten) != len(later):
+    if len(unwritten) != len(later) or not unwritten.isdisjoint(graph.initializers):
         raise ValueError("a tensor is written twice")
     for node in graph.nodes:
         early = unwritten.intersection(

@@ -503,6 +503,181 @@ def _named_product(g: _Growing) -> bool:
     return g.keep(g.node("Einsum", [x.name, x.name], equation=equation)[0], x, shape)
 
 
+def _branch(g: _Growing) -> bool:
+    """By how long an axis is, or by a constant: one branch may mix what the other keeps apart."""
+    x = g.some(rank=(2, 3))
+    if x is None:
+        return False
+    axis = int(g.rng.integers(len(x.shape)))
+    (shape,) = g.node("Shape", [x.name])
+    (size,) = g.node("Gather", [shape, g.constant(np.int64(axis))])
+    kind = g.pick(TensorProto.INT64, TensorProto.INT32, TensorProto.UINT8, TensorProto.BOOL)
+    (narrow,) = g.node("Cast", [size], to=kind)
+    (wide,) = g.node("Cast", [narrow], to=TensorProto.INT64)
+    (number,) = g.node(g.pick("Add", "Mul", "Div", "Sub"), [wide, g.constant(np.int64(g.pick(1, 2)))])
+    other = g.pick(size, wide, g.constant(np.int64(g.pick(1, 3, 4))))
+    (condition,) = g.node(g.pick("Equal", "Less"), [number, other])
+    branches = {}
+    for name in ("then_branch", "else_branch"):
+        out = g.name()
+        op, attributes = g.pick(
+            ("Relu", {}), ("Neg", {}), ("Softmax", {"axis": int(g.rng.integers(len(x.shape)))})
+        )
+        branches[name] = helper.make_graph(
+            [helper.make_node(op, [x.name], [out], **attributes)],
+            name,
+            [],
+            [helper.make_tensor_value_info(out, x.type, None)],
+        )
+    return g.keep(g.node("If", [condition], **branches)[0], x)
+
+
+def _loop(g: _Growing) -> bool:
+    """A tensor goes round, and is worked on along an axis of its own or beside what is around."""
+    x = g.some(rank=(2, 3))
+    if x is None:
+        return False
+    i, c, a, d, b = (g.name() for _ in range(5))
+    op, inputs, attributes = g.pick(
+        ("Tanh", [a], {}),
+        ("Softmax", [a], {"axis": int(g.rng.integers(len(x.shape)))}),
+        ("Add", [a, x.name], {}),
+        ("Max", [a, x.name], {}),
+    )
+    values = [(i, TensorProto.INT64), (c, TensorProto.BOOL), (a, x.type), (d, TensorProto.BOOL), (b, x.type)]
+    takes = [helper.make_tensor_value_info(n, t, [] if n in (i, c) else None) for n, t in values[:3]]
+    gives = [helper.make_tensor_value_info(n, t, [] if n == d else None) for n, t in values[3:]]
+    nodes = [helper.make_node("Identity", [c], [d]), helper.make_node(op, inputs, [b], **attributes)]
+    body = helper.make_graph(nodes, "body", takes, gives)
+    return g.keep(g.node("Loop", [g.constant(np.int64(g.pick(0, 1, 3))), "", x.name], body=body)[0], x)
+
+
+def _resized(g: _Growing) -> bool:
+    """Along the last axis or along any, by scales or by sizes, in one of the ways that there are."""
+    x = g.some(rank=(3, 4))
+    if x is None:
+        return False
+    axis = int(g.rng.integers(len(x.shape))) if g.rng.random() < 0.3 else len(x.shape) - 1
+    size = x.shape[axis]
+    if not isinstance(size, int):
+        return False
+    how = {
+        "mode": g.pick("nearest", "linear"),
+        "nearest_mode": g.pick("floor", "ceil", "round_prefer_ceil", "round_prefer_floor"),
+        "coordinate_transformation_mode": g.pick(
+            "half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel", "tf_crop_and_resize"
+        ),
+    }
+    scales = [2.0 if n == axis else 1.0 for n in range(len(x.shape))]
+    region = [float(g.pick(0, 0.25)) for _ in x.shape] + [1.0] * len(x.shape)
+    inputs = [g.constant(np.array(each, np.float32)) for each in (region, scales)]
+    if g.rng.random() < 0.4:
+        (shape,) = g.node("Shape", [x.name])
+        ones = [2 if n == axis else 1 for n in range(len(x.shape))]
+        inputs = [inputs[0], "", g.node("Mul", [shape, g.whole(*ones)])[0]]
+        how["keep_aspect_ratio_policy"] = g.pick("stretch", "stretch", "not_larger", "not_smaller")
+        if how["keep_aspect_ratio_policy"] == "not_larger":
+            return g.keep(g.node("Resize", [x.name, *inputs], **how)[0], x)
+        if how["keep_aspect_ratio_policy"] == "not_smaller":
+            return False
+    return g.keep(
+        g.node("Resize", [x.name, *inputs], **how)[0],
+        x,
+        tuple(2 * size if n == axis else d for n, d in enumerate(x.shape)),
+    )
+
+
+def _scattered(g: _Growing) -> bool:
+    """The largest along an axis are written over, or added to."""
+    x = g.some(rank=(2, 3))
+    if x is None:
+        return False
+    axis = int(g.rng.integers(len(x.shape)))
+    (places,) = g.node("ArgMax", [x.name], axis=axis, keepdims=1)
+    (values,) = g.node("ReduceSum", [x.name, g.whole(axis)], keepdims=1)
+    reduction = g.pick("none", "add", "max")
+    return g.keep(g.node("ScatterElements", [x.name, places, values], axis=axis, reduction=reduction)[0], x)
+
+
+def _gather_nd(g: _Growing) -> bool:
+    """Each row's own element at a place that it names, or another row's."""
+    x = g.some(rank=(2, 3))
+    if x is None:
+        return False
+    leading = int(g.rng.integers(2))
+    (places,) = g.node("ArgMax", [x.name], axis=1, keepdims=1)
+    if len(x.shape) == 3:
+        (places,) = g.node("ReduceMin", [places, g.whole(2)], keepdims=0)
+    if not leading:
+        (places,) = g.node("Mul", [places, g.whole(0)])
+    return g.keep(g.node("GatherND", [x.name, places], batch_dims=leading)[0], x, (x.shape[0], *x.shape[2:]))
+
+
+def _one_hot(g: _Growing) -> bool:
+    x = g.some(rank=(2, 3))
+    if x is None:
+        return False
+    axis = int(g.rng.integers(len(x.shape)))
+    (places,) = g.node("ArgMax", [x.name], axis=axis, keepdims=0)
+    rest = tuple(d for n, d in enumerate(x.shape) if n != axis)
+    at = int(g.rng.integers(-1, len(rest) + 1))
+    shape = list(rest)
+    shape.insert(at if at >= 0 else len(rest), 5)
+    values = g.constant(np.array([0, 1], np.float32))
+    return g.keep(g.node("OneHot", [places, g.constant(np.int64(5)), values], axis=at)[0], x, tuple(shape))
+
+
+def _tiled(g: _Growing) -> bool:
+    """A line of constants for each place along an axis, the rows' too, or the tensor itself again."""
+    x = g.some(rank=(2, 3))
+    if x is None or not isinstance(x.shape[-1], int):
+        return False
+    if g.rng.random() < 0.5:
+        axis = int(g.rng.integers(len(x.shape)))
+        size = x.shape[axis]
+        if not isinstance(size, int):
+            return False
+        times = [2 if n == axis else 1 for n in range(len(x.shape))]
+        shape = tuple(2 * size if n == axis else d for n, d in enumerate(x.shape))
+        return g.keep(g.node("Tile", [x.name, g.whole(*times)])[0], x, shape)
+    (shape_of,) = g.node("Shape", [x.name])
+    (first,) = g.node("Slice", [shape_of, g.whole(0), g.whole(1)])
+    (times_of,) = g.node("Concat", [first, *[g.whole(1)] * (len(x.shape) - 1)], axis=0)
+    line = g.floats(int(g.pick(1, 1, 2)), *[1] * (len(x.shape) - 2), x.shape[-1])
+    (lines,) = g.node("Tile", [line, times_of])
+    return g.keep(g.node("Add", [x.name, lines])[0], x)
+
+
+def _bordered(g: _Growing) -> bool:
+    """Padded by what is next to the edge, along any axis that has two places for it."""
+    x = g.some(rank=(2, 3))
+    if x is None:
+        return False
+    axis = int(g.rng.integers(len(x.shape)))
+    pads = [0] * (2 * len(x.shape))
+    pads[axis], pads[axis + len(x.shape)] = g.pick((1, 1), (1, 0), (1, -1))
+    (wide,) = g.node("Pad", [x.name, g.whole(*pads)], mode=g.pick("edge", "reflect", "wrap"))
+    more = pads[axis] + pads[axis + len(x.shape)]
+    size = x.shape[axis]
+    if not isinstance(size, int):
+        return more == 0 and g.keep(wide, x)
+    return g.keep(wide, x, tuple(size + more if n == axis else d for n, d in enumerate(x.shape)))
+
+
+def _classic(g: _Growing) -> bool:
+    """Operators of classical models, over features or over whatever has their rank."""
+    x = g.some(rank=(1, 2))
+    if x is None:
+        return False
+    op, attributes = g.pick(
+        ("Imputer", {"imputed_value_floats": [float(n) for n in range(int(g.pick(1, 2, 3, 4)))]}),
+        ("Scaler", {"offset": [0.5] * int(g.pick(1, 4)), "scale": [2.0] * int(g.pick(1, 4))}),
+        ("Normalizer", {"norm": g.pick("MAX", "L1", "L2")}),
+        ("Binarizer", {"threshold": 0.25}),
+    )
+    return g.keep(g.node(op, [x.name], domain="ai.onnx.ml", **attributes)[0], x)
+
+
 STEPS: tuple[tuple[Step, int], ...] = (
     (_unary, 6),
     (_binary_constant, 5),
@@ -538,6 +713,15 @@ STEPS: tuple[tuple[Step, int], ...] = (
     (_where, 2),
     (_padded, 1),
     (_named_product, 1),
+    (_branch, 1),
+    (_loop, 1),
+    (_resized, 1),
+    (_scattered, 1),
+    (_gather_nd, 1),
+    (_one_hot, 1),
+    (_tiled, 1),
+    (_bordered, 1),
+    (_classic, 1),
 )
 """What may be added, and how often in comparison."""
 
@@ -584,5 +768,7 @@ def random_graph(seed: int) -> RandomGraph:
         ],
         g.constants,
     )
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    model = helper.make_model(
+        graph, opset_imports=[helper.make_opsetid("", 19), helper.make_opsetid("ai.onnx.ml", 3)], ir_version=9
+    )
     return RandomGraph(model, {t.name: t for t in first}, tuple(n.op_type for n in g.nodes))
