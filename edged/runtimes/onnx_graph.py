@@ -353,7 +353,7 @@ class _Reader:
         return self._data[a:b].decode("utf-8", "backslashreplace")
 
     def _opsets(self, occurrences: Sequence[tuple[int, int, int]]) -> dict[str, int]:
-        found = {}
+        found: dict[str, int] = {}
         for span in self._spans(occurrences):
             fields = self._fields([span])
             domain, version = _domain(self._text(fields, 1)), self._one(fields[2]) if 2 in fields else 0
