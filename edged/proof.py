@@ -186,6 +186,8 @@ class _Walk:
                 return None, Obstacle(
                     f"{node.op} takes its input {n + 1}, a size or a position, from the data"
                 )
+        if node.op == "Pad" and self._may_cut(node):
+            return None, Obstacle("Pad with pads below zero, which cut, was not tried")
         row = None
         for given in _readings(inputs, schema):
             name = self._name(node, since, schema, given)
@@ -203,6 +205,18 @@ class _Walk:
         if row.nonfinite and not self._finite_inputs:
             return row, Obstacle(f"{name} differs on NaN, Inf or denormals ({row.nonfinite})", FINITE_INPUTS)
         return row, None
+
+    def _may_cut(self, node: Node) -> bool:
+        """Whether a Pad may take away what it then has nothing left to copy from: then runtimes differ."""
+        pads = node.attributes.get("pads")
+        if pads is None and len(node.inputs) > 1:
+            constant = self._graph.initializers.get(node.inputs[1])
+            pads = (
+                None if constant is None or constant.values is None else constant.values.reshape(-1).tolist()
+            )
+        if pads is None:
+            return bool(node.attributes.get("mode", "constant") != "constant")
+        return any(pad < 0 for pad in pads)
 
     def _name(self, node: Node, since: int, schema: Schema, inputs: Sequence[Given | None]) -> str:
         used = [n for n, name in enumerate(node.outputs) if name in self._read]

@@ -54,7 +54,7 @@ SIZES = ((3, 5, 4), (5, 4, 7), (32, 64), (64, 32), (32,), (64,), (8,), (16,), (1
 networks of convolutions want multiples of 32, some want all alike."""
 
 ELEMENTS_MAX = 1 << 24
-"""Of one made-up input."""
+"""Of the inputs of one made-up row: a dozen of them are held at once."""
 
 SEEDS = 10
 """Of numbers that differ."""
@@ -124,10 +124,9 @@ def make_rows(
     `finite`: none is NaN or infinite. `first` takes part as it is. Raises NoInputs for a model that cannot be
     fed.
     """
-    for spec in specs:
-        count = math.prod(sizes[spec.name])
-        if count > ELEMENTS_MAX:
-            raise NoInputs(f"input {spec.name!r} has {count} elements, too many to make up")
+    count = sum(math.prod(sizes[spec.name]) for spec in specs)
+    if count > ELEMENTS_MAX:
+        raise NoInputs(f"a row has {count} elements, too many to make up")
 
     def filled(make: Callable[[tuple[int, ...]], Any], whole: Callable[[tuple[int, ...], int], Any]) -> Row:
         row = {}

@@ -303,3 +303,16 @@ def test_the_shipped_table_knows_what_parts_the_runtimes() -> None:
     for name in (RELU, "MaxPool-12(FP32)", "Softmax-13(FP32; axis=last)", "Exp-13(FP32)"):
         assert not rows[name].finite, name
         assert rows[name].nonfinite, name
+
+
+@pytest.mark.parametrize(
+    ("pads", "mode"), [([0, -1, 0, 0], "edge"), ([0, -1, 0, 0], "constant"), (None, "edge")]
+)
+def test_pads_that_may_cut_are_not_moved(tmp_path: Path, pads: list[int] | None, mode: str) -> None:
+    """Where nothing is left to copy from, one runtime refuses what the other answers."""
+    nodes = [node("Pad", ["x", "pads"], ["y"], mode=mode)]
+    constants = {} if pads is None else {"pads": np.array(pads)}
+    if pads is None:
+        nodes = [node("Shape", ["x"], ["s"]), node("Concat", ["s", "s"], ["pads"], axis=0), *nodes]
+    found = told(graph(tmp_path, nodes, constants=constants))
+    assert found == ["Pad with pads below zero, which cut, was not tried"]
