@@ -126,7 +126,9 @@ class _Walk:
     def __init__(self, graph: Graph, table: Table, finite_inputs: bool, replaceable: frozenset[str]) -> None:
         self._graph, self._table, self._schemas = graph, table, load_schemas()
         self._finite_inputs = finite_inputs
-        self._nodes = _used(graph)
+        self._nodes = (
+            graph.nodes
+        )  # those that no output needs too: ONNX Runtime runs them, and they may refuse
         self._read = {value.name for value in graph.outputs}
         for node in self._nodes:
             self._read.update(node.inputs)
@@ -141,8 +143,14 @@ class _Walk:
             self._known[name] = Given(constant.datatype, origin)
 
     def obstacles(self) -> Iterator[Obstacle]:
+        used = _used(self._graph)
         for node in self._nodes:
             yield from self._node(node)
+            if node.op != "Constant" and not used.intersection(filter(None, node.outputs)):
+                yield Obstacle(
+                    f"{node.label} is needed by no output: ONNX Runtime runs it all the same and may refuse, "
+                    "OpenVINO leaves it out; export the model without it"
+                )
 
     def _node(self, node: Node) -> Iterator[Obstacle]:
         inputs = [self._known.get(name, Given("")) if name else None for name in node.inputs]
@@ -247,17 +255,15 @@ def _readings(inputs: Sequence[Given | None], schema: Schema) -> Iterator[list[G
         ]
 
 
-def _used(graph: Graph) -> list[Node]:
-    """The nodes that an output depends on, in the file's order."""
+def _used(graph: Graph) -> set[str]:
+    """The tensors that an output depends on."""
     wanted = {value.name for value in graph.outputs}
-    found = []
     for node in reversed(graph.nodes):
         if wanted.intersection(node.outputs):
-            found.append(node)
             wanted.update(name for name in node.inputs if name)
             for sub in node.graphs:
                 wanted.update(_mentioned(sub))
-    return found[::-1]
+    return wanted
 
 
 def _mentioned(graph: Graph) -> Iterable[str]:

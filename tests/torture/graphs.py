@@ -728,6 +728,25 @@ STEPS: tuple[tuple[Step, int], ...] = (
 _WEIGHTS = np.array([weight for _, weight in STEPS], float)
 
 
+def _needed(nodes: list[onnx.NodeProto], wanted: set[str]) -> list[onnx.NodeProto]:
+    """Without those that no output needs, as exporters leave them out."""
+    kept: list[onnx.NodeProto] = []
+    for node in reversed(nodes):
+        if wanted.intersection(node.output):
+            wanted = {*wanted, *node.input, *(name for a in node.attribute for name in _read_within(a.g))}
+            kept.append(node)
+    return kept[::-1]
+
+
+def _read_within(graph: onnx.GraphProto) -> set[str]:
+    """The names that a subgraph reads, its own among them, at any depth."""
+    found = {name for node in graph.node for name in node.input} | {value.name for value in graph.output}
+    for node in graph.node:
+        for attribute in node.attribute:
+            found |= _read_within(attribute.g)
+    return found
+
+
 def random_graph(seed: int) -> RandomGraph:
     """A model of two to ten steps, the same for a seed everywhere; a runtime may refuse it."""
     rng = np.random.default_rng(seed)
@@ -757,6 +776,8 @@ def random_graph(seed: int) -> RandomGraph:
     if not outputs:
         (name,) = g.node("Identity", [first[0].name])
         outputs = [Tensor(name, first[0].type, first[0].shape)]
+    if rng.random() < 0.9:
+        g.nodes = _needed(g.nodes, {t.name for t in outputs})
     firsts = {t.name: ("N" if rng.random() < 0.8 else f"N_{t.name}") for t in (*first, *outputs)}
     graph = helper.make_graph(
         g.nodes,
