@@ -289,8 +289,9 @@ def _float_edges(array: Any) -> Iterator[tuple[str, Any]]:
         yield name, _planted(array, value)
     yield "NaN and Inf among others", _tiled(array, [np.nan, 1.5, np.inf, -2, -np.inf, 0, info.max, 0.25])
     yield "zeros", _tiled(array, [0.0, -0.0])
-    for name, factor in (("small", 1e-3), ("faint", 1e-6)):
-        # What is divided by a norm, with something added to it against zero, is another number here.
+    for name, factor in (("small", 1e-3), ("faint", 1e-6), ("loud", 100.0)):
+        # What is divided by a norm, with something added to it against zero, is another number where it is
+        # small; where it is loud, what an exponential makes of it comes next to nothing.
         yield name, array * array.dtype.type(factor)
     small = float(info.smallest_subnormal)
     yield "denormals", _tiled(array, [small, -8 * small, float(info.tiny) / 2, float(info.tiny)])
