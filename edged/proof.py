@@ -160,6 +160,9 @@ class _Walk:
             if node.op in ("Shape", "Size") and origins:
                 self._write(node, ["INT64"], CONSTANT if origins == {CONSTANT} else BOUNDED)
                 return
+            if node.op == "Tile" and BOUNDED in origins:
+                # Beside what it then does not fit ONNX Runtime refuses, and OpenVINO answers.
+                yield Obstacle("Tile by a number that is computed from shapes was not tried")
             if DATA not in origins:
                 datatypes = _datatypes(node, found[1], inputs) if found else []
                 self._write(node, datatypes, BOUNDED if BOUNDED in origins else CONSTANT)
